@@ -1,0 +1,1 @@
+"""The one definition of the network, functional over an explicit state. See `decoder.Decoder`."""

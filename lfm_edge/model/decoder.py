@@ -1,0 +1,99 @@
+"""The LFM2 decoder: embedding, layers of short convolution or attention, norm, head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lfm_edge.config import CONV, ModelConfig
+from lfm_edge.model import leaves
+from lfm_edge.model.attention import Attention, rotary_tables
+from lfm_edge.model.short_conv import ShortConv
+from lfm_edge.model.weights import LayerWeights, Weights
+from lfm_edge.state import StateSpec
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020): `w2(silu(w1(x)) * w3(x))`."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        super().__init__()
+        self.w1 = weights.linear("feed_forward.w1")
+        self.w3 = weights.linear("feed_forward.w3")
+        self.w2 = weights.linear("feed_forward.w2")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [B, T, H] -> the same shape"""
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual block: an operator (short convolution or attention), then a feed-forward."""
+
+    def __init__(self, weights: LayerWeights, kind: str, config: ModelConfig) -> None:
+        super().__init__()
+        self.operator_norm = weights.norm("operator_norm", config.norm_eps)
+        self.operator = ShortConv(weights) if kind == CONV else Attention(weights, config)
+        self.ffn_norm = weights.norm("ffn_norm", config.norm_eps)
+        self.feed_forward = FeedForward(weights)
+        self.is_conv = kind == CONV
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], position: int,
+                state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """x: float32 [B, T, H]; state: this layer's tensors -> the same"""
+        if self.is_conv:
+            out, state = self.operator(self.operator_norm(x), state)
+        else:
+            out, state = self.operator(self.operator_norm(x), rotary, position, state)
+        x = x + out
+        return x + self.feed_forward(self.ffn_norm(x)), state
+
+
+class Decoder(nn.Module):
+    """An LFM2 model over an explicit state.
+
+    weights: every tensor of `config.weight_shapes()`, float32 or quantized
+    state: the layout of the state (see `StateSpec`), which also fixes the context
+    int8_activations: round the inputs of linear layers to 8 bits, as some backends do
+    all_logits: give the logits of every position instead of the last one's
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, state: StateSpec,
+                 int8_activations: bool = False, all_logits: bool = False) -> None:
+        super().__init__()
+        table = weights["model.embed_tokens.weight"]
+        head = table if config.tie_embedding else weights["lm_head.weight"]
+        self.embed_tokens = leaves.embedding(table)
+        self.layers = nn.ModuleList(
+            DecoderLayer(LayerWeights(weights, f"model.layers.{index}", int8_activations), kind, config)
+            for index, kind in enumerate(config.layer_types))
+        self.embedding_norm = leaves.RMSNorm(weights["model.embedding_norm.weight"], config.norm_eps)
+        self.lm_head = leaves.linear(head, None, int8_activations)
+        cos, sin = rotary_tables(config, state.context)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        self.state = state
+        self.all_logits = all_logits
+        self.eval()
+
+    def forward(self, tokens: Tensor, position: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One step: any number of tokens, from `position` on.
+
+        tokens: int64 [1, T]; position: int64 [1], the number of tokens before these
+        state: every tensor of the spec, in its order
+        Returns logits float32 [1, 1, vocab] of the last token ([1, T, vocab] with `all_logits`), and the
+        next state.
+        """
+        length = tokens.shape[1]
+        start = position.item()
+        torch._check(start >= 0)
+        torch._check(start + length <= self.state.context)
+        x = self.embed_tokens(tokens)  # [1, T, H]
+        rotary = tuple(table.narrow(0, start, length).unsqueeze(1) for table in (self.cos, self.sin))  # [T, 1, D]
+        following: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            x, updated = layer(x, rotary, start, [state[i] for i in self.state.of_layer(index)])
+            following += updated
+        if not self.all_logits:
+            x = x[:, length - 1:]
+        return self.lm_head(self.embedding_norm(x)), following

@@ -1,0 +1,54 @@
+"""A quantized weight: the same integers and scales for every target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Symmetric quantized weight: `ints * scales`, one scale for every `group_size` input columns.
+
+    ints: int8 [rows, cols], in [-2**(bits-1), 2**(bits-1) - 1]
+    scales: float32 [rows, cols // group_size], each positive and exactly representable in bfloat16
+    bits: 4 or 8
+
+    On that grid every dequantized weight is exact in float32, and the scales pack without loss into the
+    formats of all targets.
+    """
+
+    ints: Tensor
+    scales: Tensor
+    bits: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """[rows, cols]"""
+        return self.ints.shape
+
+    @property
+    def group_size(self) -> int:
+        """Input columns that share a scale; the whole row where quantization is per channel."""
+        return self.ints.shape[1] // self.scales.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """float32 [rows, cols]"""
+        return dequantize(self.ints, self.scales)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of the packed integers and bfloat16 scales: what a file needs at least."""
+        return self.ints.numel() * self.bits // 8 + self.scales.numel() * 2
+
+
+def dequantize(ints: Tensor, scales: Tensor) -> Tensor:
+    """`ints * scales` with each scale spread over its group.
+
+    ints: int8 [rows, cols]; scales: float32 [rows, groups] -> float32 [rows, cols]
+    """
+    rows, cols = ints.shape
+    groups = scales.shape[1]
+    return (ints.view(rows, groups, cols // groups).float() * scales.unsqueeze(2)).view(rows, cols)

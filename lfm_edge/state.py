@@ -1,0 +1,118 @@
+"""The explicit state of a session: which tensors there are, their shapes, and how a step changes them.
+
+A step takes every tensor of the `StateSpec` as an input and gives each one's next value. The host owns
+the memory, so a session can be snapshotted, restored and saved without asking the backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lfm_edge.config import ModelConfig
+from lfm_edge.errors import BundleError
+
+KV_DTYPES = ("float32", "int8")
+
+REPLACE = "replace"
+APPEND = "append"
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of the state.
+
+    kind: conv | key | value | key_scale | value_scale | key_zero_point | value_zero_point
+    update: `replace` (a step gives a whole new value) or `append` (a step writes its rows at `position`
+        along dimension 1, and leaves the others as they are)
+    initial: the value that every element has in a fresh session
+    """
+
+    name: str
+    layer: int
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    update: str
+    initial: float = 0.0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The element type, as torch knows it."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this tensor takes."""
+        return int(torch.Size(self.shape).numel()) * self.torch_dtype.itemsize
+
+    def fresh(self) -> torch.Tensor:
+        """The tensor of a session at position 0."""
+        return torch.full(self.shape, self.initial, dtype=self.torch_dtype)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Every state tensor of one exported model, in the order in which a step takes them.
+
+    context: how many positions the KV cache holds
+    """
+
+    tensors: tuple[StateTensor, ...]
+    context: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, context: int, kv_dtype: str = "float32") -> StateSpec:
+        """The state of `config` at a context of `context` tokens.
+
+        conv: float32 [1, hidden, taps - 1], the last columns of B*x (none where there is a single tap)
+        key, value: [1, context, kv_heads, head_dim]; at `kv_dtype` int8 with a float32 scale and an int8
+            zero point for each position and head, [1, context, kv_heads, 1]
+        """
+        tensors: list[StateTensor] = []
+        rows = (1, context, config.num_key_value_heads)
+        for layer in range(config.num_layers):
+            if layer in config.conv_layers:
+                if config.conv_taps > 1:
+                    shape = (1, config.hidden_size, config.conv_taps - 1)
+                    tensors.append(StateTensor(f"past_conv.{layer}", layer, "conv", shape, "float32", REPLACE))
+                continue
+            for part in ("key", "value"):
+                name = f"past_key_values.{layer}.{part}"
+                tensors.append(StateTensor(name, layer, part, (*rows, config.head_dim), kv_dtype, APPEND))
+                if kv_dtype == "int8":
+                    tensors.append(StateTensor(f"{name}_scale", layer, f"{part}_scale", (*rows, 1), "float32", APPEND, 1.0))
+                    tensors.append(StateTensor(f"{name}_zero_point", layer, f"{part}_zero_point", (*rows, 1), "int8", APPEND))
+        return cls(tuple(tensors), context)
+
+    def of_layer(self, layer: int) -> list[int]:
+        """Indices of the tensors that belong to `layer`."""
+        return [i for i, tensor in enumerate(self.tensors) if tensor.layer == layer]
+
+    def fresh(self) -> list[torch.Tensor]:
+        """The state of a session at position 0."""
+        return [tensor.fresh() for tensor in self.tensors]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def nbytes_of(self, *, conv: bool) -> int:
+        """Bytes of the conv state, or of the KV cache."""
+        return sum(tensor.nbytes for tensor in self.tensors if (tensor.kind == "conv") == conv)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as the manifest holds it."""
+        return {"context": self.context, "tensors": [asdict(tensor) for tensor in self.tensors]}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> StateSpec:
+        """Read the layout from a manifest. Raises BundleError where it is malformed."""
+        try:
+            tensors = tuple(StateTensor(**{**entry, "shape": tuple(entry["shape"])}) for entry in raw["tensors"])
+            return cls(tensors, int(raw["context"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"manifest.json: the state layout is malformed ({error})") from None
