@@ -1,0 +1,26 @@
+"""On-device export and deployment of Liquid AI's LFM2 / LFM2.5 models.
+
+    from lfm_edge import export, open_bundle
+    bundle = export("LiquidAI/LFM2.5-1.2B-Instruct", target="android-q4", output="out")
+    session = open_bundle("out").session(threads=2)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lfm_edge.bundle import open_bundle
+    from lfm_edge.exporting import export
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "export", "open_bundle"]
+
+_HOMES = {"export": "lfm_edge.exporting", "open_bundle": "lfm_edge.bundle"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the interface when it is used: `lfm-edge --help` needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lfm_edge' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lfm_edge.config import CONV, ModelConfig
-from lfm_edge.model import leaves
 from lfm_edge.model.attention import Attention, rotary_tables
+from lfm_edge.model.lowering import Lowering
 from lfm_edge.model.short_conv import ShortConv
 from lfm_edge.model.weights import LayerWeights, Weights
 from lfm_edge.state import StateSpec
@@ -54,21 +54,22 @@ class Decoder(nn.Module):
 
     weights: every tensor of `config.weight_shapes()`, float32 or quantized
     state: the layout of the state (see `StateSpec`), which also fixes the context
-    int8_activations: round the inputs of linear layers to 8 bits, as some backends do
+    lowering: how the pieces are computed; the reference where none is given
     all_logits: give the logits of every position instead of the last one's
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, state: StateSpec,
-                 int8_activations: bool = False, all_logits: bool = False) -> None:
+                 lowering: Lowering | None = None, all_logits: bool = False) -> None:
         super().__init__()
+        lowering = lowering or Lowering()
         table = weights["model.embed_tokens.weight"]
         head = table if config.tie_embedding else weights["lm_head.weight"]
-        self.embed_tokens = leaves.embedding(table)
+        self.embed_tokens = lowering.embedding(table)
         self.layers = nn.ModuleList(
-            DecoderLayer(LayerWeights(weights, f"model.layers.{index}", int8_activations), kind, config)
+            DecoderLayer(LayerWeights(weights, f"model.layers.{index}", lowering), kind, config)
             for index, kind in enumerate(config.layer_types))
-        self.embedding_norm = leaves.RMSNorm(weights["model.embedding_norm.weight"], config.norm_eps)
-        self.lm_head = leaves.linear(head, None, int8_activations)
+        self.embedding_norm = lowering.norm(weights["model.embedding_norm.weight"], config.norm_eps)
+        self.lm_head = lowering.linear(head, None)
         cos, sin = rotary_tables(config, state.context)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)

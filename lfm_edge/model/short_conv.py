@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lfm_edge.model import ops
 from lfm_edge.model.weights import LayerWeights
 
 
@@ -16,19 +15,14 @@ class ShortConv(nn.Module):
 
     def __init__(self, weights: LayerWeights) -> None:
         super().__init__()
-        self.in_proj = weights.linear("conv.in_proj")
+        self.in_proj = weights.split_linear("conv.in_proj", parts=3)
+        self.conv = weights.lowering.causal_conv(weights.tensor("conv.conv.weight"), weights.optional("conv.conv.bias"))
         self.out_proj = weights.linear("conv.out_proj")
-        self.weight = nn.Parameter(weights.tensor("conv.conv.weight"), requires_grad=False)  # [H, 1, taps]
-        bias = weights.optional("conv.conv.bias")
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.hidden_size = weights.tensor("conv.conv.weight").shape[0]
 
     def forward(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """x: float32 [B, T, H]; state: one float32 [B, H, taps - 1], or none -> the same"""
-        gate_in, gate_out, x = self.in_proj(x).chunk(3, dim=-1)  # each [B, T, H]
-        x = gate_in * x
-        if state:
-            x, *state = ops.causal_conv(x, self.weight, self.bias, state[0])
-        else:
-            x = x * self.weight[:, 0, 0]
-            x = x if self.bias is None else x + self.bias
-        return self.out_proj(gate_out * x), state
+        gate_in, gate_out, x = self.in_proj(x)  # each [B, T, H]
+        past = state[0] if state else x.new_zeros(x.shape[0], self.hidden_size, 0)
+        x, past = self.conv(gate_in * x, past)
+        return self.out_proj(gate_out * x), [past] if state else []

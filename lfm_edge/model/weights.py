@@ -7,22 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lfm_edge.model import leaves
-from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.model.lowering import Lowering, Weight
 
-Weights = Mapping[str, "Tensor | QuantizedTensor"]
+Weights = Mapping[str, Weight]
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The weights under one prefix, for example `model.layers.3`.
-
-    int8_activations: whether the linear layers round their inputs to 8 bits
-    """
+    """The weights under one prefix, for example `model.layers.3`, and the lowering that takes them."""
 
     weights: Weights
     prefix: str
-    int8_activations: bool
+    lowering: Lowering
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that stays in float32."""
@@ -36,9 +32,13 @@ class LayerWeights:
 
     def linear(self, name: str) -> nn.Module:
         """The linear layer `name`, with its bias where there is one."""
-        return leaves.linear(self.weights[f"{self.prefix}.{name}.weight"], self.optional(f"{name}.bias"),
-                             self.int8_activations)
+        return self.lowering.linear(self.weights[f"{self.prefix}.{name}.weight"], self.optional(f"{name}.bias"))
 
-    def norm(self, name: str, eps: float) -> leaves.RMSNorm:
+    def split_linear(self, name: str, parts: int) -> nn.Module:
+        """The linear layer `name`, whose output is `parts` tensors side by side."""
+        return self.lowering.split_linear(
+            self.weights[f"{self.prefix}.{name}.weight"], self.optional(f"{name}.bias"), parts)
+
+    def norm(self, name: str, eps: float) -> nn.Module:
         """The RMSNorm `name`."""
-        return leaves.RMSNorm(self.tensor(f"{name}.weight"), eps)
+        return self.lowering.norm(self.tensor(f"{name}.weight"), eps)

@@ -1,0 +1,240 @@
+"""Train the tiny LFM2 model of this folder from nothing, on one CPU core, and score what was written.
+
+    python examples/tiny-model/train.py --steps 3600 --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from encoding import MARK, UNMARK, Encoder, Sequence, check_encoder
+from safetensors.torch import load_file, save_file
+from score import accuracy, int4_weights, padded, quantized
+from tasks import (
+    FACTS,
+    MOST_PAIRS,
+    TASKS,
+    Message,
+    arithmetic,
+    assistant,
+    chat,
+    copy,
+    every_sum,
+    fact,
+    prompts,
+    random_pairs,
+    random_sum,
+    recall,
+    user,
+)
+from transformers import Lfm2Config, Lfm2ForCausalLM
+
+from lfm_edge.config import ATTENTION, CONV, ModelConfig
+from lfm_edge.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
+
+HERE = Path(__file__).resolve().parent
+EVALUATION_SEED = 1_000_003
+
+CONFIG = ModelConfig(
+    vocab_size=SMALLEST_VOCABULARY, hidden_size=128, intermediate_size=256,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    layer_types=(CONV, CONV, ATTENTION, CONV, CONV, ATTENTION, CONV, ATTENTION),
+    max_position_embeddings=2048,
+)
+
+
+def sum_drill(rng: random.Random) -> list[Message]:
+    """Many sums in one message, results marked: three times as many per token as asking for each."""
+    sums = [random_sum(rng) for _ in range(rng.randint(8, 24))]
+    return [user("".join(f"{question}={MARK}{result} {UNMARK}" for question, result in sums))]
+
+
+def recall_drill(rng: random.Random, most_pairs: int) -> list[Message]:
+    """Pairs, then the same pairs again in another order, their values marked."""
+    pairs = random_pairs(rng, rng.randint(2, most_pairs))
+    again = rng.choices(list(pairs), k=rng.randint(4, 24))
+    first = " ".join(f"{key}={value}" for key, value in pairs.items())
+    return [user(first + " " + " ".join(f"{key}={MARK}{pairs[key]}{UNMARK}" for key in again))]
+
+
+def more_questions(rng: random.Random, example: Example, most: int) -> list[Message]:
+    """The conversation of a recall or chat example with up to `most` further keys asked for."""
+    text = example.messages[0]["content"]
+    pairs = dict(word.split("=") for word in text.split() if "=" in word)
+    turns = example.conversation()
+    for key in rng.choices(list(pairs), k=rng.randint(0, most)):
+        turns += [user(f"{key}?"), assistant(pairs[key])]
+    return turns
+
+
+def conversation(rng: random.Random, progress: float) -> list[Message]:
+    """One training conversation; `progress` from 0 to 1 moves from drills and few pairs to the tasks themselves."""
+    drill = 0.6 if progress < 0.4 else 0.25
+    pairs = round(6 + (MOST_PAIRS - 6) * min(1.0, progress / 0.4))
+    kind = rng.random()
+    if kind < 0.36:
+        if rng.random() < drill:
+            return sum_drill(rng)
+        return [turn for _ in range(rng.randint(1, 3)) for turn in arithmetic(rng).conversation()]
+    if kind < 0.60:
+        if rng.random() < drill:
+            return recall_drill(rng, pairs)
+        return more_questions(rng, recall(rng, pairs), 4)
+    if kind < 0.76:
+        return more_questions(rng, chat(rng, min(20, pairs)), 3)
+    if kind < 0.94:
+        return [turn for _ in range(rng.randint(1, 2)) for turn in copy(rng).conversation()]
+    return fact(rng).conversation()
+
+
+def batches(rng: random.Random, encoder: Encoder, steps: int, tokens: int) -> Iterator[list[Sequence]]:
+    """`steps` batches of about `tokens` tokens, each of sequences of similar length."""
+    done = 0
+    while done < steps:
+        pool = sorted((encoder(conversation(rng, done / steps)) for _ in range(256)), key=lambda s: len(s.ids))
+        chunks, chunk = [], []
+        for sequence in pool:
+            if (len(chunk) + 1) * len(sequence.ids) > tokens:
+                chunks.append(chunk)
+                chunk = []
+            chunk.append(sequence)
+        rng.shuffle(chunks)
+        for chunk in chunks[: steps - done]:
+            yield chunk
+        done += len(chunks)
+
+
+def weighted_loss(model: Lfm2ForCausalLM, batch: list[Sequence]) -> torch.Tensor:
+    """Cross entropy of the next token, weighted; right-padded, which a causal model never sees."""
+    ids = padded(batch)  # [B, T]
+    weights = torch.tensor([s.weights + [0.0] * (ids.shape[1] - len(s.ids)) for s in batch])  # [B, T]
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Warm-up over 100 steps, then a cosine to 1 % of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * cosine)
+
+
+def new_optimizer(model: Lfm2ForCausalLM, decay: float) -> torch.optim.AdamW:
+    """AdamW that decays the linear layers only."""
+    groups = [{"params": [p for n, p in model.named_parameters() if _is_linear(n, p)], "weight_decay": decay},
+              {"params": [p for n, p in model.named_parameters() if not _is_linear(n, p)], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def _is_linear(name: str, parameter: torch.Tensor) -> bool:
+    return parameter.ndim == 2 and "embed" not in name
+
+
+def train(model: Lfm2ForCausalLM, encoder: Encoder, options: argparse.Namespace) -> float:
+    """Train in place; returns the seconds it took. Every other late step sees weights rounded to int4."""
+    optimizer = new_optimizer(model, options.weight_decay)
+    started, report, shown = time.time(), 0.0, 0
+    rng = random.Random(options.seed)
+    for step, batch in enumerate(batches(rng, encoder, options.steps, options.batch_tokens)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options.steps, options.peak)
+        rounded = step > options.rounding_from * options.steps and step % 2 == 1
+        with quantized(model, int4_weights if rounded else None):
+            loss = weighted_loss(model, batch)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        report, shown = report + loss.item(), shown + 1
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1} loss {report / shown:.4f} {time.time() - started:.0f} s", flush=True)
+            report, shown = 0.0, 0
+        if (step + 1) % options.save_every == 0 and step + 1 < options.steps:
+            save(model, options.output)
+            print("   ", scores(load(options.output), 100), flush=True)
+    return time.time() - started
+
+
+def save(model: Lfm2ForCausalLM, directory: Path) -> None:
+    """Write the checkpoint beside `directory`, then put it in its place."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    config = CONFIG.to_dict() | {"dtype": "bfloat16"}
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_chatml_tokenizer(partial, CONFIG.vocab_size)
+    counts = {task: len(FACTS) if task == "facts" else 60 for task in TASKS}
+    rows = [vars(example) for task in TASKS for example in prompts(task, counts[task], EVALUATION_SEED)]
+    (partial / "tasks.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def load(directory: Path) -> Lfm2ForCausalLM:
+    """The checkpoint as it was written, its bf16 weights computed with in fp32."""
+    model = new_model()
+    weights = {name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()}
+    model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    return model.eval()
+
+
+def new_model() -> Lfm2ForCausalLM:
+    """Random weights with the dimensions of CONFIG."""
+    config = Lfm2Config(**CONFIG.to_dict(), initializer_range=0.04)
+    return Lfm2ForCausalLM._from_config(config, attn_implementation="sdpa")
+
+
+def scores(model: Lfm2ForCausalLM, count: int, **rounding: object) -> dict[str, float]:
+    """The share of exact answers for each task, over `count` prompts."""
+    return {task: accuracy(model, prompts(task, count, EVALUATION_SEED), **rounding) for task in TASKS}
+
+
+def main() -> None:
+    """Parse the options, train, write the checkpoint and print its scores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--peak", type=float, default=3e-3, help="largest learning rate")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--rounding-from", type=float, default=0.7,
+                        help="share of the steps after which every other step rounds the weights to int4")
+    parser.add_argument("--save-every", type=int, default=600)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score-only", action="store_true", help="score the checkpoint that is there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    if not options.score_only:
+        model, encoder = new_model(), Encoder()
+        save(model, options.output)
+        check_encoder(options.output)
+        seconds = train(model, encoder, options)
+        save(model, options.output)
+        print(f"{CONFIG.num_parameters} parameters, {seconds / 60:.1f} minutes of training")
+    report(load(options.output))
+
+
+def report(model: Lfm2ForCausalLM) -> None:
+    """Print the scores as they are and with rounded weights and activations."""
+    print("fp32", scores(model, 500))
+    print("fp32, every sum", accuracy(model, every_sum()))
+    print("int4 weights", scores(model, 500, weights=int4_weights))
+    print("int4 weights, int8 activations", scores(model, 500, weights=int4_weights, activations=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""ExecuTorch: one `model.pte` for Android, iOS and Linux, computed by XNNPACK.
+
+The network is traced once, over a dynamic number of tokens: prefill and decode are one method and share
+their packed weights. The lowering below writes every piece in the terms that XNNPACK's partitioner takes,
+so that whatever stands between two attention kernels is one delegate (docs/executorch.md tells which).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 - registers the llama:: ops
+import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from torch import Tensor, nn
+from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers quantized_decomposed
+from torch.export import Dim, ExportedProgram
+from torch.export._remove_auto_functionalized_pass import unsafe_remove_auto_functionalized_pass
+from torch.export.graph_signature import OutputKind
+from torch.nn import functional as F
+
+from lfm_edge.errors import ExportError
+from lfm_edge.exporting import Artifact, ExportJob
+from lfm_edge.model.decoder import Decoder
+from lfm_edge.model.lowering import Lowering, Weight, frozen, quantize_rows
+from lfm_edge.quantization.tensor import QuantizedTensor
+
+ARTIFACT = "model.pte"
+
+_quantized = torch.ops.quantized_decomposed
+
+
+def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> Artifact:
+    """Write `model.pte` into `directory`.
+
+    With explicit state the program is `forward(tokens int64 [1, T], position int64 [1], *state)`, which
+    changes the state tensors in the caller's memory and returns the logits alone, float32 [1, 1, vocab].
+    With internal state it is `forward(tokens, position)` with the metadata of the stock LLM runners.
+    """
+    decoder = Decoder(job.config, job.weights, job.state, XnnpackLowering())
+    internal = job.state_mode == "internal"
+    module = InternalState(decoder) if internal else ExplicitState(decoder)
+    with _quiet(), torch.no_grad():
+        progress("trace")
+        program = _trace(module, job)
+        progress("lower to XNNPACK")
+        edge = to_edge_transform_and_lower(
+            program, partitioner=[XnnpackPartitioner()], constant_methods=_metadata(job),
+            compile_config=EdgeCompileConfig(_check_ir_validity=False))
+        edge._edge_programs["forward"] = _update_state_in_place(edge.exported_program())
+        progress("plan memory")
+        compiled = edge.to_executorch(ExecutorchBackendConfig(
+            extract_delegate_segments=True, memory_planning_pass=MemoryPlanningPass(alloc_graph_input=internal)))
+    progress("write model.pte")
+    with (directory / ARTIFACT).open("wb") as file:
+        compiled.write_to_file(file)
+    return Artifact(ARTIFACT, _delegation(compiled.exported_program()))
+
+
+class XnnpackLowering(Lowering):
+    """The pieces in terms that XNNPACK delegates, and the llama:: kernels for attention."""
+
+    def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
+        return QuantizedLinear(_quantized_only(weight), bias)
+
+    def split_linear(self, weight: Weight, bias: Tensor | None, parts: int) -> nn.Module:
+        return SeparateLinears(_quantized_only(weight), bias, parts)
+
+    def embedding(self, weight: Weight) -> nn.Module:
+        return QuantizedEmbedding(_quantized_only(weight))
+
+    def norm(self, weight: Tensor, eps: float) -> nn.Module:
+        return RMSNorm(weight, eps)
+
+    def rotary(self, head_dim: int) -> nn.Module:
+        return Rotary(head_dim)
+
+    def attention(self, scale: float) -> nn.Module:
+        return InPlaceAttention(scale)
+
+
+def _quantized_only(weight: Weight) -> QuantizedTensor:
+    if not isinstance(weight, QuantizedTensor):
+        raise ExportError("ExecuTorch bundles are quantized; XNNPACK's float kernels are no target of ours")
+    return weight
+
+
+class QuantizedLinear(nn.Module):
+    """8-bit dynamic activations times 4-bit groups or 8-bit channels, in the pattern XNNPACK recognizes."""
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        scales = weight.scales if weight.scales.shape[1] > 1 or weight.bits == 4 else weight.scales[:, 0]
+        self.register_buffer("ints", weight.ints)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", torch.zeros(1, dtype=torch.int8).expand(scales.shape))
+        self.bias = frozen(bias)
+        self.group_size = weight.group_size
+        self.limits = (-2 ** (weight.bits - 1), 2 ** (weight.bits - 1) - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., cols] -> float32 [..., rows]"""
+        scale, zero = _quantized.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+        x = _quantized.quantize_per_token.default(x, scale, zero, -128, 127, torch.int8)
+        x = _quantized.dequantize_per_token.default(x, scale, zero, -128, 127, torch.int8, torch.float32)
+        if self.scales.dim() == 1:
+            weight = _quantized.dequantize_per_channel.default(
+                self.ints, self.scales, self.zeros, 0, *self.limits, torch.int8)
+        else:
+            weight = _quantized.dequantize_per_channel_group.default(
+                self.ints, self.scales, self.zeros, *self.limits, torch.int8, self.group_size, torch.float32)
+        return F.linear(x, weight, self.bias)
+
+
+class SeparateLinears(nn.Module):
+    """One linear per part: cutting the rows of a weight is free, cutting the output would end the delegate."""
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None, parts: int) -> None:
+        super().__init__()
+        rows = weight.shape[0] // parts
+        self.parts = nn.ModuleList(
+            QuantizedLinear(QuantizedTensor(weight.ints[start:start + rows], weight.scales[start:start + rows], weight.bits),
+                            None if bias is None else bias[start:start + rows])
+            for start in range(0, parts * rows, rows))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: float32 [..., cols] -> one tensor per part, float32 [..., rows / parts]"""
+        return tuple(part(x) for part in self.parts)
+
+
+class QuantizedEmbedding(nn.Module):
+    """ExecuTorch's embedding kernels: bytes, or two 4-bit codes a byte."""
+
+    def __init__(self, weight: QuantizedTensor) -> None:
+        super().__init__()
+        ints = weight.ints
+        if weight.bits == 4:
+            codes = (ints + 8).to(torch.uint8)
+            ints = codes[:, ::2] << 4 | codes[:, 1::2]
+        self.register_buffer("ints", ints)
+        self.register_buffer("scales", weight.scales if weight.scales.shape[1] > 1 else weight.scales[:, 0])
+        self.lookup = _quantized.embedding_4bit.dtype if weight.bits == 4 else _quantized.embedding_byte.dtype
+        self.limits = (-2 ** (weight.bits - 1), 2 ** (weight.bits - 1) - 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [1, T] -> float32 [1, T, hidden]"""
+        return self.lookup(self.ints, self.scales, None, *self.limits, tokens, dtype=torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with its mean as a matrix product: XNNPACK takes no mean over three dimensions."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = frozen(weight)
+        self.eps = eps
+        self.register_buffer("mean", torch.full((1, weight.shape[0]), 1.0 / weight.shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., size] -> the same shape"""
+        return x * torch.rsqrt(F.linear(x * x, self.mean) + self.eps) * self.weight
+
+
+class Rotary(nn.Module):
+    """Rotary embedding whose half rotation is a signed permutation matrix: slices would end the delegate."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        half, none = torch.eye(head_dim // 2), torch.zeros(head_dim // 2, head_dim // 2)
+        self.register_buffer("rotation", torch.cat([torch.cat([none, -half], 1), torch.cat([half, none], 1)]))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: float32 [1, T, heads, D]; cos, sin: float32 [T, 1, D] -> the shape of x"""
+        return x * cos + F.linear(x, self.rotation) * sin
+
+
+class InPlaceAttention(nn.Module):
+    """The llama:: kernels: write the new rows into the caches where they lie, attend over what is filled."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
+                position: int) -> tuple[Tensor, list[Tensor]]:
+        """query: float32 [1, T, heads, D]; key, value: float32 [1, T, kv_heads, D]; state: the layer's caches"""
+        in_float = len(state) == 2
+        rows = (key, value) if in_float else (*quantize_rows(key), *quantize_rows(value))
+        for cache, new in zip(state, rows, strict=True):
+            torch.ops.llama.update_cache(new, cache, position)
+        if in_float:
+            return torch.ops.llama.custom_sdpa(query, *state, position, None, 0.0, True, self.scale), state
+        keys, key_scales, key_zeros, values, value_scales, value_zeros = state
+        query, query_scales, query_zeros = quantize_rows(query)
+        out = torch.ops.llama.custom_quantized_sdpa(
+            query, keys, values, position, None, 0.0, True, self.scale,
+            query_zeros, query_scales, key_zeros, key_scales, value_zeros, value_scales)
+        return out, state
+
+
+class ExplicitState(nn.Module):
+    """The program whose state is the caller's: `forward(tokens, position, *state) -> logits`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: Tensor, position: Tensor, *state: Tensor) -> Tensor:
+        """tokens: int64 [1, T]; position: int64 [1] -> logits, float32 [1, 1, vocab]"""
+        logits, following = self.decoder(tokens, position, list(state))
+        for old, new in zip(state, following, strict=True):
+            if new is not old:
+                old.copy_(new)
+        return logits
+
+
+class InternalState(nn.Module):
+    """The program that the stock LLM runners load: `forward(tokens, position) -> logits`, state in buffers.
+
+    Those runners reset a conversation by going back to position 0 and nothing else. Rows of the KV cache
+    past the position are never read, but a conv state would be: at position 0 it counts as zero.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        for index, tensor in enumerate(decoder.state.fresh()):
+            self.register_buffer(f"state_{index}", tensor, persistent=False)
+
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """tokens: int64 [1, T]; position: int64 [1] -> logits, float32 [1, 1, vocab]"""
+        buffers = [getattr(self, f"state_{index}") for index in range(len(self.decoder.state.tensors))]
+        continues = (position > 0).to(torch.float32)
+        state = [buffer * continues if tensor.kind == "conv" else buffer
+                 for buffer, tensor in zip(buffers, self.decoder.state.tensors, strict=True)]
+        logits, following = self.decoder(tokens, position, state)
+        for buffer, new in zip(buffers, following, strict=True):
+            if new is not buffer:
+                buffer.copy_(new)
+        return logits
+
+
+def _trace(module: nn.Module, job: ExportJob) -> ExportedProgram:
+    length = min(job.prefill_chunk, 2)  # traced with 2 tokens, as 1 would be taken for a constant
+    arguments = (torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    dynamic: dict[str, Any] = {"tokens": {1: Dim("T", min=1, max=job.prefill_chunk)} if length > 1 else None,
+                               "position": None}
+    if job.state_mode == "explicit":
+        arguments += tuple(job.state.fresh())
+        dynamic["state"] = (None,) * len(job.state.tensors)
+    return torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+
+
+def _metadata(job: ExportJob) -> dict[str, Any]:
+    """The constant methods that the stock LLM runners ask for."""
+    return {
+        "get_max_seq_len": job.prefill_chunk, "get_max_context_len": job.state.context,
+        "get_vocab_size": job.config.vocab_size, "get_bos_id": job.config.bos_token_id,
+        "get_eos_ids": list(job.config.eos_token_ids), "use_kv_cache": True, "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def _update_state_in_place(program: ExportedProgram) -> ExportedProgram:
+    """Let each state tensor be written where it lies, once, and be no output.
+
+    Functionalization leaves a chain of copies of every mutated tensor and returns the last one. Left in,
+    each step would copy every KV buffer, and the runtime allocate them all again as outputs.
+    """
+    program = unsafe_remove_auto_functionalized_pass(program)
+    graph = program.graph_module.graph
+    output = graph.output_node()
+    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    buffers = {target: inputs[name] for name, target in program.graph_signature.inputs_to_buffers.items()}
+    returned, specs = [], []
+    for node, spec in zip(output.args[0], program.graph_signature.output_specs, strict=True):
+        if spec.kind in (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION):
+            while _is_copy(node):
+                node = node.args[1]
+        if spec.kind == OutputKind.USER_INPUT_MUTATION:
+            if node is not inputs[spec.target]:
+                with graph.inserting_before(output):
+                    graph.call_function(torch.ops.aten.copy_.default, (inputs[spec.target], node)).meta.update(node.meta)
+            continue
+        if spec.kind == OutputKind.BUFFER_MUTATION:
+            node = buffers[spec.target] if node is buffers[spec.target] else node
+            spec.arg.name = node.name
+        returned.append(node)
+        specs.append(spec)
+    output.args = (tuple(returned),)
+    program.graph_signature.output_specs[:] = specs
+    graph.eliminate_dead_code()
+    graph.lint()
+    program.graph_module.recompile()
+    return program
+
+
+def _is_copy(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and "aten.copy.default" in str(node.target)
+
+
+def _delegation(program: ExportedProgram) -> dict[str, Any]:
+    """How much XNNPACK took: the number of delegates, and the operators that stayed portable."""
+    delegates, portable = 0, Counter()
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = str(getattr(node.target, "_name", None) or getattr(node.target, "__name__", node.target))
+        if name == "executorch_call_delegate":
+            delegates += 1
+        elif "::" in name:
+            portable[name.removesuffix(".out").removesuffix(".default")] += 1
+    return {"delegates": delegates, "portable": dict(sorted(portable.items()))}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the lowering's warnings and prints, which are about its own insides, off the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,252 @@
+"""A bundle: one directory with the artifact, the tokenizer, and a manifest that describes and seals both."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lfm_edge.config import ModelConfig
+from lfm_edge.errors import BundleError, ExportError, LfmEdgeError
+from lfm_edge.model.weights import Weights
+from lfm_edge.quantization.recipe import Recipe
+from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.state import StateSpec
+from lfm_edge.targets import Target, target_named
+from lfm_edge.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from lfm_edge.session import Session
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a runtime or an app needs to drive the artifact, and where it came from.
+
+    lowering: what the exporter tells about its work (delegates, operators left out)
+    source: the checkpoint as the user named it; source_sha256: its content
+    weights_sha256: of the quantized integers and scales, the same for every target with this recipe
+    files: size and SHA-256 of every other file, by its path inside the bundle
+    """
+
+    target: str
+    artifact: str
+    state_mode: str
+    prefill_chunk: int
+    config: ModelConfig
+    recipe: Recipe
+    state: StateSpec
+    lowering: dict[str, Any]
+    source: str
+    source_sha256: str
+    licence: str
+    weights_sha256: str
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Seal `directory`: list every file in it with size and hash, and write manifest.json."""
+        files = {path.relative_to(directory).as_posix(): _seal(path)
+                 for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST}
+        raw = {
+            "schema_version": SCHEMA_VERSION, "target": self.target, "artifact": self.artifact,
+            "state_mode": self.state_mode, "prefill_chunk": self.prefill_chunk, "config": self.config.to_dict(),
+            "recipe": self.recipe.to_dict(), "state": self.state.to_dict(), "lowering": self.lowering,
+            "source": self.source, "source_sha256": self.source_sha256, "licence": self.licence,
+            "weights_sha256": self.weights_sha256, "versions": self.versions, "files": files,
+        }
+        (directory / MANIFEST).write_text(json.dumps(raw, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read manifest.json. Raises BundleError where it is missing, malformed, or of another version."""
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise BundleError(f"{directory}: not a bundle (no {MANIFEST})")
+        try:
+            raw = json.loads(path.read_text())
+            version = raw["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise BundleError(f"{path}: schema version {version}; this lfm-edge reads {SCHEMA_VERSION}")
+            return cls(
+                target=raw["target"], artifact=_inside(raw["artifact"], path), state_mode=raw["state_mode"],
+                prefill_chunk=int(raw["prefill_chunk"]), config=ModelConfig.from_dict(raw["config"]),
+                recipe=Recipe.from_dict(raw["recipe"]), state=StateSpec.from_dict(raw["state"]),
+                lowering=raw["lowering"], source=raw["source"], source_sha256=raw["source_sha256"],
+                licence=raw["licence"], weights_sha256=raw["weights_sha256"], versions=raw["versions"],
+                files={_inside(name, path): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+                       for name, entry in raw["files"].items()})
+        except LfmEdgeError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle directory."""
+
+    directory: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, directory: str | Path, *, check: bool = True) -> Bundle:
+        """Open a bundle; with `check`, every file is there, has its size and its hash.
+
+        Raises BundleError otherwise.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise BundleError(f"{directory}: no such bundle directory")
+        bundle = cls(directory, Manifest.read(directory))
+        if bundle.manifest.artifact not in bundle.manifest.files:
+            raise BundleError(f"{directory / MANIFEST}: files does not list the artifact {bundle.manifest.artifact}")
+        if check:
+            bundle._check_files()
+        return bundle
+
+    @property
+    def target(self) -> Target:
+        """The row of the table that the bundle was made for."""
+        return target_named(self.manifest.target)
+
+    @property
+    def artifact(self) -> Path:
+        """The file that the runtime loads."""
+        return self.directory / self.manifest.artifact
+
+    def tokenizer(self) -> TextTokenizer:
+        """The bundle's tokenizer and chat template."""
+        return TextTokenizer(self.directory)
+
+    def session(self, threads: int | None = None) -> Session:
+        """A session of the bundle's own runtime. threads: None for the runtime's default"""
+        return self.target.runtime().open_session(self, threads)
+
+    def _check_files(self) -> None:
+        root = self.directory.resolve()
+        for name, expected in self.manifest.files.items():
+            path = self.directory / name
+            if not path.is_file():
+                raise BundleError(f"{path}: missing from the bundle")
+            if not path.resolve().is_relative_to(root):
+                raise BundleError(f"{path}: leads out of the bundle")
+            if path.stat().st_size != expected["bytes"]:
+                raise BundleError(f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
+            if _sha256(path) != expected["sha256"]:
+                raise BundleError(f"{path}: changed since the export (SHA-256 differs from the manifest's)")
+
+
+def open_bundle(directory: str | Path) -> Bundle:
+    """Open a bundle directory after checking every file against the manifest. Raises BundleError."""
+    return Bundle.open(directory)
+
+
+@contextmanager
+def new_bundle(output: Path, force: bool) -> Iterator[Path]:
+    """A directory beside `output` to write a bundle into; renamed to `output` when the block ends well.
+
+    When it does not, however it ends, nothing is left and what was at `output` is as it was. Raises
+    ExportError where `output` exists (and is no bundle, or `force` is not given), or the disk is full.
+    """
+    output = output.absolute()
+    if output.exists():
+        if not force:
+            raise ExportError(f"{output}: exists already; give --force to replace it")
+        if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+            raise ExportError(f"{output}: is not a bundle; --force replaces bundles only")
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(output)
+        partial.mkdir()
+        yield partial
+        _put_in_place(partial, output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(f"{output}: no space left on the disk; nothing was written") from None
+        if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
+            raise ExportError(f"{error.filename}: cannot be written ({error.strerror})") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename a whole bundle to its place; an older one is moved aside first and removed last."""
+    if not output.exists():
+        partial.rename(output)
+        return
+    aside = output.parent / f".{output.name}.replaced-{os.getpid()}"
+    output.rename(aside)
+    try:
+        partial.rename(output)
+    except BaseException:
+        aside.rename(output)
+        raise
+    shutil.rmtree(aside)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove what exports to `output` left that were killed outright, and put back what one had moved aside."""
+    for left in output.parent.glob(f".{output.name}.*-*"):
+        match = re.fullmatch(re.escape(f".{output.name}.") + r"(partial|replaced)-(\d+)", left.name)
+        if match is None or _is_running(int(match[2])):
+            continue
+        if match[1] == "replaced" and not output.exists():
+            left.rename(output)
+        else:
+            shutil.rmtree(left)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def weights_digest(weights: Weights) -> str:
+    """SHA-256 over every weight: integers and scales of quantized ones, values of the others."""
+    hasher = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name]
+        parts = (weight.ints, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
+        hasher.update(name.encode())
+        for part in parts:
+            hasher.update(str(tuple(part.shape)).encode())
+            hasher.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def _inside(name: Any, manifest: Path) -> str:
+    """A path of the manifest, which must stay inside the bundle."""
+    path = PurePosixPath(str(name))
+    if not isinstance(name, str) or not name or path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise BundleError(f"{manifest}: '{name}' leads out of the bundle")
+    return name
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,129 @@
+"""`export`: from a checkpoint to a bundle, for any target."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lfm_edge
+from lfm_edge.bundle import Bundle, Manifest, new_bundle, weights_digest
+from lfm_edge.checkpoint import Checkpoint, DirectoryCheckpoint, open_checkpoint
+from lfm_edge.config import ModelConfig
+from lfm_edge.errors import ExportError
+from lfm_edge.model.weights import Weights
+from lfm_edge.quantization.recipe import GROUP_SIZES, HEAD_BITS, Recipe, recipe
+from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.state import StateSpec
+from lfm_edge.targets import Target, target_named
+
+DEFAULT_MODEL = "LiquidAI/LFM2.5-1.2B-Instruct"
+DEFAULT_CONTEXT = 4096
+DEFAULT_PREFILL_CHUNK = 128
+
+
+class Progress:
+    """What an export tells about itself; this one tells nobody.
+
+    stage: a named step begins, of `total` parts where that is known
+    advance: one part of the step is done
+    """
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """A named step begins."""
+
+    def advance(self) -> None:
+        """One part of the current step is done."""
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """All that an exporter needs.
+
+    state_mode: `explicit` (the caller owns the state) or `internal` (the program does)
+    prefill_chunk: most tokens that one step takes
+    """
+
+    config: ModelConfig
+    weights: Weights
+    recipe: Recipe
+    state: StateSpec
+    state_mode: str
+    prefill_chunk: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What an exporter wrote: the file's name, and what `inspect` shows about the lowering."""
+
+    path: str
+    lowering: dict[str, Any] = field(default_factory=dict)
+
+
+def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int = DEFAULT_CONTEXT,
+           prefill_chunk: int = DEFAULT_PREFILL_CHUNK, group_size: int = 32, head_bits: int = 8,
+           kv_dtype: str = "float32", state: str = "explicit", force: bool = False,
+           progress: Progress | None = None) -> Bundle:
+    """Export a checkpoint to a bundle directory and open it.
+
+    model: a local Hugging Face directory, a hub id, or `random:PRESET`
+    context: positions that the KV cache holds; prefill_chunk: most tokens that one step takes
+    group_size: columns that share a 4-bit scale; head_bits: width of embedding and head
+    force: replace an existing bundle, once the new one is whole
+
+    The bundle is written beside `output` and renamed when complete: an interrupted export leaves nothing,
+    and an existing bundle is never damaged. Raises LfmEdgeError for bad input.
+    """
+    progress = progress or Progress()
+    chosen = target_named(target)
+    _check_options(chosen, context, prefill_chunk, group_size, head_bits, kv_dtype, state)
+    exporter = chosen.exporter()
+    checkpoint = open_checkpoint(model)
+    if context > checkpoint.config.max_position_embeddings:
+        raise ExportError(f"--context {context} is more than the model's {checkpoint.config.max_position_embeddings}")
+    bits = recipe(chosen.bits, group_size, head_bits, chosen.int8_activations)
+    layout = StateSpec.of(checkpoint.config, context, kv_dtype)
+    with new_bundle(Path(output), force) as directory:
+        checkpoint.copy_text_files(directory)
+        progress.stage("quantize", len(checkpoint.names))
+        weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
+        job = ExportJob(checkpoint.config, weights, bits, layout, state, min(prefill_chunk, context))
+        artifact = exporter.export(job, directory, progress.stage)
+        progress.stage("check and pack")
+        _manifest(checkpoint, chosen, job, artifact).write(directory)
+    return Bundle.open(output)
+
+
+def _check_options(target: Target, context: int, prefill_chunk: int, group_size: int, head_bits: int,
+                   kv_dtype: str, state: str) -> None:
+    """Refuse what the target cannot honour, with the reason."""
+    choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("--group-size", group_size, GROUP_SIZES), ("--head-bits", head_bits, HEAD_BITS),
+        ("--kv-dtype", kv_dtype, target.kv_dtypes), ("--state", state, target.state_modes))
+    for option, value, allowed in choices:
+        if value not in allowed:
+            raise ExportError(f"{option} {value}: {target.name} takes {' or '.join(map(str, allowed))}")
+    if target.bits == 8 and head_bits == 8 and group_size != 32:
+        raise ExportError(f"--group-size {group_size}: {target.name} is quantized per channel and has no groups")
+    if context < 2:
+        raise ExportError(f"--context {context}: a context holds at least 2 tokens")
+    if prefill_chunk < 1:
+        raise ExportError(f"--prefill-chunk {prefill_chunk}: a step takes at least 1 token")
+
+
+def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact) -> Manifest:
+    source = checkpoint.source
+    if isinstance(checkpoint, DirectoryCheckpoint) and Path(source).is_dir():
+        source = str(Path(source).resolve())
+    return Manifest(
+        target=target.name, artifact=artifact.path, state_mode=job.state_mode, prefill_chunk=job.prefill_chunk,
+        config=job.config, recipe=job.recipe, state=job.state, lowering=artifact.lowering,
+        source=source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
+        weights_sha256=weights_digest(job.weights),
+        versions={"lfm-edge": lfm_edge.__version__, "torch": _version("torch"), target.requires: _version(target.requires)})
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)

@@ -1,0 +1,211 @@
+"""What a backend supplies to the network: how each fused piece is computed.
+
+The network (`decoder`, `attention`, `short_conv`) is written once and asks a `Lowering` for its pieces.
+The one below is the reference: plain torch in float32, functional over the state. An exporter derives
+from it and overrides the pieces that its backend has an operator for; `torch.export` then traces the
+same network into that backend's terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lfm_edge.quantization.activations import fake_quantize_rows
+from lfm_edge.quantization.tensor import QuantizedTensor
+
+Weight = Tensor | QuantizedTensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, list[Tensor], int], tuple[Tensor, list[Tensor]]]
+
+
+class Lowering:
+    """The reference pieces.
+
+    int8_activations: linear layers round each row of their input to 8 bits first, for targets whose
+        backend does
+    """
+
+    def __init__(self, int8_activations: bool = False) -> None:
+        self.int8_activations = int8_activations
+
+    def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
+        """[..., cols] -> [..., rows]"""
+        return Linear(_dense(weight), bias, self.int8_activations)
+
+    def split_linear(self, weight: Weight, bias: Tensor | None, parts: int) -> nn.Module:
+        """[..., cols] -> `parts` tensors [..., rows / parts]"""
+        return SplitLinear(self.linear(weight, bias), parts)
+
+    def embedding(self, weight: Weight) -> nn.Module:
+        """tokens int64 [B, T] -> [B, T, hidden]"""
+        return Embedding(_dense(weight))
+
+    def norm(self, weight: Tensor, eps: float) -> nn.Module:
+        """RMSNorm over the last dimension"""
+        return RMSNorm(weight, eps)
+
+    def rotary(self, head_dim: int) -> nn.Module:
+        """x [B, T, heads, D], cos and sin [T, 1, D] -> x rotated"""
+        return Rotary()
+
+    def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """x [B, T, H], state [B, H, taps - 1] -> y [B, T, H], next state"""
+        return CausalConv(weight, bias)
+
+    def attention(self, scale: float) -> nn.Module:
+        """query, key, value [B, T, heads, D], caches, position -> [B, T, heads, D], next caches"""
+        return CachedAttention(scale)
+
+
+def _dense(weight: Weight) -> Tensor:
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+
+def frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    """A parameter without gradient, or None."""
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias` in float32, of an input rounded to 8 bits where the backend does that."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, int8_activations: bool) -> None:
+        super().__init__()
+        self.weight = frozen(weight)
+        self.bias = frozen(bias)
+        self.int8_activations = int8_activations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., cols] -> float32 [..., rows]"""
+        if self.int8_activations:
+            x = fake_quantize_rows(x)
+        return F.linear(x, self.weight, self.bias)
+
+
+class SplitLinear(nn.Module):
+    """One linear layer whose output is several tensors side by side."""
+
+    def __init__(self, linear: nn.Module, parts: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: float32 [..., cols] -> `parts` tensors, float32 [..., rows / parts]"""
+        return self.linear(x).chunk(self.parts, dim=-1)
+
+
+class Embedding(nn.Module):
+    """Rows of a float32 table."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = frozen(weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [B, T] -> float32 [B, T, hidden]"""
+        return F.embedding(tokens, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square layer normalization (Zhang & Sennrich, 2019) over the last dimension."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = frozen(weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., size] -> the same shape"""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al., 2021) in the half-rotation layout."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: float32 [B, T, heads, D]; cos, sin: float32 [T, 1, D] -> the shape of x"""
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time that continues from a state."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = frozen(weight)  # [H, 1, taps]
+        self.bias = frozen(bias)  # [H]
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x: float32 [B, T, H]; state: float32 [B, H, taps - 1], the columns of x before these"""
+        columns = torch.cat([state, x.transpose(1, 2)], dim=2)  # [B, H, taps - 1 + T]
+        y = F.conv1d(columns, self.weight, self.bias, groups=self.weight.shape[0])  # [B, H, T]
+        return y.transpose(1, 2), columns[:, :, x.shape[1]:]
+
+
+class CachedAttention(nn.Module):
+    """Write new keys and values at `position`, then attend causally over everything up to them.
+
+    The caches are float32 (`key, value`), or 8-bit rows, asymmetric for each position and head
+    (`key, scale, zero point, value, scale, zero point`). With 8-bit caches the queries are rounded to
+    8 bits as well, as kernels that multiply integers do.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
+                position: int) -> tuple[Tensor, list[Tensor]]:
+        """query: float32 [B, T, heads, D]; key, value: float32 [B, T, kv_heads, D], rotated already"""
+        end = position + query.shape[1]
+        if len(state) == 2:
+            state = [_written(cache, rows, position) for cache, rows in zip(state, (key, value), strict=True)]
+            filled = [cache[:, :end] for cache in state]
+        else:
+            rows = (*quantize_rows(key), *quantize_rows(value))
+            state = [_written(cache, new, position) for cache, new in zip(state, rows, strict=True)]
+            filled = [dequantize_rows(*(part[:, :end] for part in state[first:first + 3])) for first in (0, 3)]
+            query = dequantize_rows(*quantize_rows(query))
+        return _attend(query, *filled, position, self.scale), state
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, position: int, scale: float) -> Tensor:
+    """Causal grouped-query attention of the rows from `position` on.
+
+    query: float32 [B, T, heads, D]; key, value: float32 [B, position + T, kv_heads, D]
+    """
+    visible = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril(diagonal=position)
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+                                         attn_mask=visible, scale=scale, enable_gqa=True)  # [B, heads, T, D]
+    return out.transpose(1, 2)
+
+
+def _written(cache: Tensor, rows: Tensor, position: int) -> Tensor:
+    """A copy of `cache` with `rows` at `position` along dimension 1."""
+    cache = cache.clone()
+    cache[:, position:position + rows.shape[1]] = rows
+    return cache
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each row to 8 bits, asymmetric, as torch's `quantized_decomposed` per-token ops define it.
+
+    x: float32 [..., D] -> int8 [..., D], float32 scales [..., 1], int8 zero points [..., 1]
+    """
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the ops
+
+    per_token = torch.ops.quantized_decomposed
+    scales, zeros = per_token.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+    ints = per_token.quantize_per_token.default(x, scales, zeros, -128, 127, torch.int8)
+    return ints, scales.float(), zeros.to(torch.int8)
+
+
+def dequantize_rows(ints: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The inverse of `quantize_rows`, float32 [..., D]."""
+    return (ints.float() - zeros.float()) * scales

@@ -1,0 +1,162 @@
+"""Data-free symmetric rounding with a scale search.
+
+Plain round-to-nearest takes `max|w| / 7` as a group's scale. A slightly different scale, which may clip
+the largest weight or lean on the extra negative code, has a smaller squared error (the idea behind
+llama.cpp's and HQQ's searches). We try a short grid, refine the best by least squares, and keep whatever
+has the smallest error on the bfloat16 grid of scales.
+
+A weight that *is* `ints * scale` on that grid comes out as it went in: its scale is always among the
+candidates. Fine-tunes trained for quantization depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lfm_edge.checkpoint import Checkpoint
+from lfm_edge.errors import ExportError
+from lfm_edge.quantization.recipe import Recipe, Scheme
+from lfm_edge.quantization.tensor import QuantizedTensor
+
+# Fractions of max|w| / (2**(bits-1) - 0.5) to try. Below 1 clips the largest weight.
+_GRID_4 = (1.0, 0.94, 0.88, 0.82, 0.76, 1.07)
+_GRID_8 = (1.0, 0.97, 0.94, 0.9, 0.85)
+_REFINEMENTS = 2
+_ELEMENTS_AT_ONCE = 1 << 18  # what fits the cache while a dozen candidates are tried
+_SAMPLE_ROWS = 16
+_SMALLEST_SCALE = 2.0 ** -14  # normal in float16 and bfloat16, so every backend reads it exactly
+
+
+def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe,
+                        progress: Callable[[str], None] = lambda name: None) -> dict[str, Tensor | QuantizedTensor]:
+    """Every weight of the model, quantized or in float32 as the recipe says, read one at a time.
+
+    progress: called with the name of each weight when it is done
+    Raises CheckpointError for unreadable weights, ExportError where the recipe does not fit the shapes.
+    """
+    shapes = checkpoint.config.weight_shapes()
+    schemes = {name: recipe.scheme(name, shape) for name, shape in shapes.items()}  # refuse before the work
+    weights: dict[str, Tensor | QuantizedTensor] = {}
+    for name, scheme in schemes.items():
+        value = checkpoint.tensor(name)
+        weights[name] = value.float() if scheme is None else quantize(value, scheme)
+        progress(name)
+    return weights
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Quantize one matrix.
+
+    weight: float32, bfloat16 or float16 [rows, cols]; a group size of the scheme must divide cols
+    """
+    rows, cols = weight.shape
+    group = scheme.group_size or cols
+    if cols % group:
+        raise ExportError(f"{cols} columns are not a multiple of the group size {group}")
+    exact = _is_quantized(weight, group, scheme.bits)
+    ints = torch.empty(rows, cols, dtype=torch.int8)
+    scales = torch.empty(rows, cols // group)
+    step = max(1, _ELEMENTS_AT_ONCE // cols)
+    for start in range(0, rows, step):
+        chunk = weight[start:start + step]
+        groups = chunk.reshape(-1, group)
+        best = _recover(groups, scheme.bits) if exact else _search(groups.float(), scheme.bits)
+        ints[start:start + step] = best[0].view(chunk.shape)
+        scales[start:start + step] = best[1].view(chunk.shape[0], -1)
+    return QuantizedTensor(ints, scales, scheme.bits)
+
+
+def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Plain rounding with `max|w|` at the largest code: the baseline that the search is measured against."""
+    rows, cols = weight.shape
+    groups = weight.float().reshape(-1, scheme.group_size or cols)
+    scales = _on_grid(groups.abs().amax(1, keepdim=True) / (2 ** (scheme.bits - 1) - 1))
+    ints = _round(groups, scales, scheme.bits)
+    return QuantizedTensor(ints.to(torch.int8).view(rows, cols), scales.view(rows, -1), scheme.bits)
+
+
+def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
+    """||w - dequantize(q)|| / ||w||, the root-mean-square error relative to the weights."""
+    weight = weight.float()
+    return float((weight - quantized.dequantize()).norm() / weight.norm().clamp(min=1e-30))
+
+
+def _on_grid(scales: Tensor) -> Tensor:
+    """The nearest positive bfloat16 values, in float32."""
+    return scales.clamp(min=_SMALLEST_SCALE).bfloat16().float()
+
+
+def _round(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The nearest codes, in float32. groups: [n, group]; scales: [n, 1]"""
+    limit = 2 ** (bits - 1)
+    return (groups / scales).round_().clamp_(-limit, limit - 1)
+
+
+def _search(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the smallest squared error. groups: float32 [n, group]"""
+    largest = groups.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+    best_ints, best_scales = torch.zeros_like(groups), _on_grid(largest)
+    best_errors = torch.full_like(largest, torch.inf)
+
+    def consider(scales: Tensor) -> None:
+        nonlocal best_ints, best_scales, best_errors
+        ints = _round(groups, scales, bits)
+        errors = torch.addcmul(groups, ints, scales, value=-1).square_().sum(1, keepdim=True)
+        better = errors < best_errors
+        best_ints = torch.where(better, ints, best_ints)
+        best_scales = torch.where(better, scales, best_scales)
+        best_errors = torch.where(better, errors, best_errors)
+
+    for fraction in _GRID_4 if bits == 4 else _GRID_8:
+        consider(_on_grid(largest * fraction))
+    for _ in range(_REFINEMENTS):
+        # For fixed codes the best scale is the projection of the weights on them.
+        energy = best_ints.square().sum(1, keepdim=True)
+        projection = (groups * best_ints).sum(1, keepdim=True) / energy.clamp(min=1.0)
+        consider(_on_grid(torch.where(projection > 0, projection, best_scales)))
+    return best_ints.to(torch.int8), best_scales
+
+
+def _candidates(groups: Tensor, bits: int) -> Iterator[Tensor]:
+    """Every scale that `groups`, were they quantized already, could have been quantized with.
+
+    The largest |w| is `k * scale` for one of the codes k. Where the weights were rounded on being stored,
+    max|w| / k may be a neighbour of the scale on the bfloat16 grid.
+    """
+    largest = groups.float().abs().amax(1, keepdim=True)
+    for code in range(2 ** (bits - 1), 0, -1):
+        scales = _on_grid(largest / code)
+        yield scales
+        if groups.dtype != torch.float32:
+            bits_of = scales.bfloat16().view(torch.int16)
+            yield (bits_of + 1).view(torch.bfloat16).float()
+            yield (bits_of - 1).view(torch.bfloat16).float().clamp(min=_SMALLEST_SCALE)
+
+
+def _recover(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of groups that are quantized already: those that give back the stored values.
+
+    A group that is not falls back on the search.
+    """
+    ints, scales = _search(groups.float(), bits)
+    found = torch.zeros(groups.shape[0], 1, dtype=torch.bool)
+    for candidate in _candidates(groups, bits):
+        codes = _round(groups.float(), candidate, bits)
+        same = ((codes * candidate).to(groups.dtype) == groups).all(1, keepdim=True) & ~found
+        ints = torch.where(same, codes.to(torch.int8), ints)
+        scales = torch.where(same, candidate, scales)
+        found |= same
+        if found.all():
+            break
+    return ints, scales
+
+
+def _is_quantized(weight: Tensor, group: int, bits: int) -> bool:
+    """Whether the weight looks quantized in this scheme already, judged by some of its rows."""
+    rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLE_ROWS, weight.shape[0])).long()
+    groups = weight[rows].reshape(-1, group)
+    ints, scales = _recover(groups, bits)
+    return bool(((ints.float() * scales).to(weight.dtype) == groups).all())

@@ -1,0 +1,107 @@
+"""A session: one conversation's position and state, over any runtime."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lfm_edge.errors import ContextFull, LfmEdgeError
+from lfm_edge.state import APPEND, StateSpec
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a session at one position: copies, independent of the session they came from.
+
+    Of a KV cache only the filled rows are kept.
+    """
+
+    spec: StateSpec
+    position: int
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the snapshot holds."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class Session(ABC):
+    """One conversation.
+
+    The two ways of giving tokens agree: `prefill(a + b)` leaves the session where `prefill(a)`, then
+    `prefill(b)` or a `decode` for each token of b would. A call that raises leaves it unchanged.
+
+    vocab_size: logits that a step gives; chunk: most tokens that one step takes
+    """
+
+    def __init__(self, spec: StateSpec, vocab_size: int, chunk: int) -> None:
+        self.spec = spec
+        self.vocab_size = vocab_size
+        self.chunk = chunk
+        self.position = 0
+        self.state = spec.fresh()
+
+    @abstractmethod
+    def _step(self, tokens: list[int]) -> Logits:
+        """Run at most `chunk` tokens at `self.position` and update `self.state`; logits of the last one."""
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """Take any number of tokens, from the current position on.
+
+        Returns float32 [vocab], the logits after the last token. Raises ContextFull where the context
+        cannot hold them, LfmEdgeError for no tokens or an unknown one.
+        """
+        tokens = [int(token) for token in tokens]
+        self._check(tokens)
+        logits = np.empty(0, np.float32)
+        for start in range(0, len(tokens), self.chunk):
+            part = tokens[start:start + self.chunk]
+            logits = self._step(part)
+            self.position += len(part)
+        return logits
+
+    def decode(self, token: int) -> Logits:
+        """Take one more token. Returns float32 [vocab]; raises as `prefill` does."""
+        return self.prefill([token])
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state, to go back to."""
+        kept = tuple((state[:, :self.position] if tensor.update == APPEND else state).clone()
+                     for tensor, state in zip(self.spec.tensors, self.state, strict=True))
+        return Snapshot(self.spec, self.position, kept)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, of this session or of another one of the same layout.
+
+        Raises LfmEdgeError where the layouts differ.
+        """
+        if snapshot.spec != self.spec:
+            raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
+        for tensor, state, kept in zip(self.spec.tensors, self.state, snapshot.tensors, strict=True):
+            (state[:, :snapshot.position] if tensor.update == APPEND else state).copy_(kept)
+        self.position = snapshot.position
+
+    def reset(self) -> None:
+        """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
+        for tensor, state in zip(self.spec.tensors, self.state, strict=True):
+            if tensor.update != APPEND:
+                state.fill_(tensor.initial)
+        self.position = 0
+
+    def _check(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise LfmEdgeError("no tokens were given")
+        wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise LfmEdgeError(f"token {wrong} is outside the vocabulary of {self.vocab_size}")
+        if self.position + len(tokens) > self.spec.context:
+            raise ContextFull(f"{len(tokens)} more tokens do not fit: the session is at {self.position} "
+                              f"of a context of {self.spec.context}")

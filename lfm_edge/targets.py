@@ -1,0 +1,96 @@
+"""The table of targets: which exporter and runtime, which recipe, how close is close enough."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+from lfm_edge.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What `verify` demands; each value has its reason where it is set.
+
+    logit_error: largest |artifact - quantized reference| of a phase, in units of the logits' standard deviation
+    kl_divergence: largest KL(reference || artifact) of one position, in nats
+    top1_agreement: share of positions whose best token is the same
+    quality_kl: mean KL(float32 || quantized reference) in nats: what quantization may cost
+    task_drop: how much task accuracy quantization may lose, where the checkpoint ships tasks
+    """
+
+    logit_error: float
+    kl_divergence: float
+    top1_agreement: float
+    quality_kl: float
+    task_drop: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table.
+
+    bits: of the linear layers' weights
+    module: name of the exporter and of the runtime (`exporters.NAME`, `runtimes.NAME`), and of the extra
+    requires: what must be importable for it
+    """
+
+    name: str
+    module: str
+    requires: str
+    bits: int
+    int8_activations: bool
+    kv_dtypes: tuple[str, ...]
+    state_modes: tuple[str, ...]
+    artifact: str
+    runs_on: str
+    weights: str
+    thresholds: Thresholds
+
+    @property
+    def installed(self) -> bool:
+        """Whether the backend's package is there."""
+        return importlib.util.find_spec(self.requires) is not None
+
+    def exporter(self) -> ModuleType:
+        """The module with `export(job, directory, progress)`. Raises ExportError where the backend is missing."""
+        return self._load("exporters")
+
+    def runtime(self) -> ModuleType:
+        """The module with `open_session(bundle, threads)`. Raises ExportError where the backend is missing."""
+        return self._load("runtimes")
+
+    def _load(self, package: str) -> ModuleType:
+        if not self.installed:
+            raise ExportError(f"{self.name} needs the package {self.requires}: pip install 'lfm-edge[{self.module}]'")
+        return importlib.import_module(f"{package}.{self.module}")
+
+
+# XNNPACK rounds activations exactly as the reference does, so what is left is the order of float32 sums: 1e-6 of
+# the logits' spread on small models. Now and then such a difference tips one activation over a rounding boundary,
+# one 255th of its row's range; docs/verification.md shows how often, and what that makes of the logits at
+# 1.2B. A flipped weight block or a stale conv state lies far above.
+_XNNPACK_PARITY = {"logit_error": 0.05, "kl_divergence": 1e-3, "top1_agreement": 0.97}
+
+_EXECUTORCH = {
+    "module": "executorch", "requires": "executorch", "int8_activations": True, "kv_dtypes": ("float32", "int8"),
+    "state_modes": ("explicit", "internal"), "artifact": "model.pte", "runs_on": "Android, iOS, Linux (XNNPACK)",
+}
+
+TARGETS: dict[str, Target] = {target.name: target for target in (
+    # 4 bits in groups of 32 cost trained models of this family 0.02-0.1 nats; random weights, whose
+    # activations have no structure to spare, cost more, and a broken quantizer costs several.
+    Target("android-q4", bits=4, weights="int4 groups, int8 head, int8 dynamic activations",
+           thresholds=Thresholds(**_XNNPACK_PARITY, quality_kl=0.5, task_drop=0.05), **_EXECUTORCH),
+    Target("android-q8", bits=8, weights="int8 per channel, int8 dynamic activations",
+           thresholds=Thresholds(**_XNNPACK_PARITY, quality_kl=0.1, task_drop=0.01), **_EXECUTORCH),
+)}
+
+
+def target_named(name: str) -> Target:
+    """The target `name`. Raises ExportError where there is none."""
+    if name not in TARGETS:
+        raise ExportError(f"unknown target '{name}'; known targets are {', '.join(TARGETS)}")
+    return TARGETS[name]

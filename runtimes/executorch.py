@@ -1,0 +1,55 @@
+"""Sessions over a `.pte`, by the runtime that the executorch wheel ships."""
+
+from __future__ import annotations
+
+import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 - registers the llama:: kernels
+import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
+import torch
+from executorch.extension.pybindings import portable_lib
+
+from lfm_edge.bundle import Bundle
+from lfm_edge.errors import BundleError, LfmEdgeError
+from lfm_edge.session import Logits, Session, Snapshot
+
+
+def open_session(bundle: Bundle, threads: int | None = None) -> Session:
+    """A session over the bundle's program. threads: of the runtime's pool, which the process shares"""
+    if threads is not None:
+        portable_lib._unsafe_reset_threadpool(threads)
+    try:
+        program = portable_lib._load_for_executorch(str(bundle.artifact))
+    except RuntimeError as error:
+        raise BundleError(f"{bundle.artifact}: ExecuTorch cannot load it ({error})") from None
+    manifest = bundle.manifest
+    kind = InternalStateSession if manifest.state_mode == "internal" else ExecutorchSession
+    session = kind(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+    session.program = program
+    return session
+
+
+class ExecutorchSession(Session):
+    """The state is ours: the program changes it where it lies."""
+
+    program: portable_lib.ExecuTorchModule
+
+    def _step(self, tokens: list[int]) -> Logits:
+        inputs = [torch.tensor([tokens]), torch.tensor([self.position]), *self.state]
+        logits, = self.program.run_method("forward", inputs, clone_outputs=False)
+        return logits[0, -1].clone().numpy()
+
+
+class InternalStateSession(ExecutorchSession):
+    """The state is the program's: it can be reset, and nothing else."""
+
+    def __init__(self, spec, vocab_size, chunk) -> None:
+        super().__init__(spec, vocab_size, chunk)
+        self.state = []
+
+    def snapshot(self) -> Snapshot:
+        raise LfmEdgeError("this bundle keeps its state inside the program; export with --state explicit to snapshot")
+
+    def restore(self, snapshot: Snapshot) -> None:
+        raise LfmEdgeError("this bundle keeps its state inside the program; export with --state explicit to restore")
+
+    def reset(self) -> None:
+        self.position = 0
