@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 - registers the llama:: ops
+import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
 import torch
+from executorch.backends.xnnpack import _passes as xnnpack_passes
+from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
@@ -50,21 +52,23 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     decoder = Decoder(job.config, job.weights, job.state, XnnpackLowering())
     internal = job.state_mode == "internal"
     module = InternalState(decoder) if internal else ExplicitState(decoder)
+    progress("trace")
     with _quiet(), torch.no_grad():
-        progress("trace")
         program = _trace(module, job)
-        progress("lower to XNNPACK")
+    progress("lower to XNNPACK")
+    with _quiet(), _needed_passes_only(), torch.no_grad():
         edge = to_edge_transform_and_lower(
             program, partitioner=[XnnpackPartitioner()], constant_methods=_metadata(job),
             compile_config=EdgeCompileConfig(_check_ir_validity=False))
         edge._edge_programs["forward"] = _update_state_in_place(edge.exported_program())
-        progress("plan memory")
+    progress("plan memory and write model.pte")
+    with _quiet(), torch.no_grad():
         compiled = edge.to_executorch(ExecutorchBackendConfig(
             extract_delegate_segments=True, memory_planning_pass=MemoryPlanningPass(alloc_graph_input=internal)))
-    progress("write model.pte")
     with (directory / ARTIFACT).open("wb") as file:
         compiled.write_to_file(file)
-    return Artifact(ARTIFACT, _delegation(compiled.exported_program()))
+    usage = _INTERNAL_USAGE if internal else _EXPLICIT_USAGE
+    return Artifact(ARTIFACT, _delegation(compiled.exported_program()), usage)
 
 
 class XnnpackLowering(Lowering):
@@ -128,10 +132,11 @@ class SeparateLinears(nn.Module):
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None, parts: int) -> None:
         super().__init__()
         rows = weight.shape[0] // parts
+        cuts = [slice(start, start + rows) for start in range(0, parts * rows, rows)]
         self.parts = nn.ModuleList(
-            QuantizedLinear(QuantizedTensor(weight.ints[start:start + rows], weight.scales[start:start + rows], weight.bits),
-                            None if bias is None else bias[start:start + rows])
-            for start in range(0, parts * rows, rows))
+            QuantizedLinear(QuantizedTensor(weight.ints[cut], weight.scales[cut], weight.bits),
+                            None if bias is None else bias[cut])
+            for cut in cuts)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: float32 [..., cols] -> one tensor per part, float32 [..., rows / parts]"""
@@ -250,6 +255,33 @@ class InternalState(nn.Module):
         return logits
 
 
+_EXPLICIT_USAGE = """\
+## Loading it
+
+The program is `forward(tokens, position, *state)`: `tokens` int64 [1, T], `position` int64 [1], then the state
+tensors of `manifest.json` in their order. It changes them in place and returns the logits of the last token, float32
+[1, 1, vocab]. Begin with every tensor at its `initial` value and `position` 0; add T after each step.
+
+- Python: `from lfm_edge import open_bundle; session = open_bundle(".").session()`
+- Android: `org.pytorch.executorch.Module.load("model.pte")`, keep the tensors, pass them to every `forward`
+- iOS: `Module(filePath:)` of the ExecuTorch package, likewise
+
+The runtime needs the XNNPACK backend and the kernels `llama::` and `quantized_decomposed::`, which the stock
+LLM packages of ExecuTorch link.
+"""
+
+_INTERNAL_USAGE = """\
+## Loading it
+
+The program keeps its state and follows the contract of ExecuTorch's LLM runners: `forward(tokens, position)`. Going
+back to position 0 begins a new conversation.
+
+- Python: `from executorch.extension.llm.runner import TextLLMRunner; TextLLMRunner("model.pte", "tokenizer.json")`
+- Android: `org.pytorch.executorch.extension.llm.LlmModule("model.pte", "tokenizer.json", 0.0f)`
+- iOS: `TextRunner(modelPath:tokenizerPath:)` of the ExecuTorch package
+"""
+
+
 def _trace(module: nn.Module, job: ExportJob) -> ExportedProgram:
     length = min(job.prefill_chunk, 2)  # traced with 2 tokens, as 1 would be taken for a constant
     arguments = (torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
@@ -281,20 +313,19 @@ def _update_state_in_place(program: ExportedProgram) -> ExportedProgram:
     graph = program.graph_module.graph
     output = graph.output_node()
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    buffers = {target: inputs[name] for name, target in program.graph_signature.inputs_to_buffers.items()}
     returned, specs = [], []
     for node, spec in zip(output.args[0], program.graph_signature.output_specs, strict=True):
         if spec.kind in (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION):
             while _is_copy(node):
                 node = node.args[1]
         if spec.kind == OutputKind.USER_INPUT_MUTATION:
-            if node is not inputs[spec.target]:
+            state = inputs[spec.target]
+            if node is not state:
                 with graph.inserting_before(output):
-                    graph.call_function(torch.ops.aten.copy_.default, (inputs[spec.target], node)).meta.update(node.meta)
+                    graph.call_function(torch.ops.aten.copy_.default, (state, node)).meta.update(node.meta)
             continue
         if spec.kind == OutputKind.BUFFER_MUTATION:
-            node = buffers[spec.target] if node is buffers[spec.target] else node
-            spec.arg.name = node.name
+            spec.arg.name = node.name  # to_executorch writes it back, unless it is the buffer itself
         returned.append(node)
         specs.append(spec)
     output.args = (tuple(returned),)
@@ -321,6 +352,29 @@ def _delegation(program: ExportedProgram) -> dict[str, Any]:
         elif "::" in name:
             portable[name.removesuffix(".out").removesuffix(".default")] += 1
     return {"delegates": delegates, "portable": dict(sorted(portable.items()))}
+
+
+@contextlib.contextmanager
+def _needed_passes_only() -> Iterator[None]:
+    """Run, on every delegate, the XNNPACK passes that have something to do in our graphs.
+
+    The backend retraces each delegate for every one of its 17 passes; most look for batch norms, upsampling
+    and the like. Leaving those out took a third off the time of an export (docs/executorch.md). There is no
+    option for it, so the pass manager is replaced while we lower.
+    """
+    class NeededPasses(xnnpack_passes.XNNPACKPassManager):
+        def __init__(self, program: ExportedProgram, passes: list | None = None) -> None:
+            super().__init__(program, passes or [
+                xnnpack_passes.XNNPACKRemoveCloneOpsTransform, xnnpack_passes.DimOrderOpsRevertPass,
+                xnnpack_passes.ConvertToLinearPass, xnnpack_passes.Conv1dUnsqueezePass,
+                xnnpack_passes.ChannelsLastTaggedReshapePass, xnnpack_passes.RemoveRedundantCopyPass])
+
+    original = xnnpack_preprocess.XNNPACKPassManager
+    xnnpack_preprocess.XNNPACKPassManager = NeededPasses
+    try:
+        yield
+    finally:
+        xnnpack_preprocess.XNNPACKPassManager = original
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.recipe import Recipe
 from lfm_edge.quantization.tensor import QuantizedTensor
 from lfm_edge.state import StateSpec
-from lfm_edge.targets import Target, target_named
+from lfm_edge.targets import TARGETS, Target, target_named
 from lfm_edge.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,16 @@ class Manifest:
             if version != SCHEMA_VERSION:
                 raise BundleError(f"{path}: schema version {version}; this lfm-edge reads {SCHEMA_VERSION}")
             return cls(
-                target=raw["target"], artifact=_inside(raw["artifact"], path), state_mode=raw["state_mode"],
-                prefill_chunk=int(raw["prefill_chunk"]), config=ModelConfig.from_dict(raw["config"]),
+                target=_text(raw["target"]), artifact=_inside(raw["artifact"], path), state_mode=_text(raw["state_mode"]),
+                prefill_chunk=_positive(raw["prefill_chunk"]), config=ModelConfig.from_dict(raw["config"]),
                 recipe=Recipe.from_dict(raw["recipe"]), state=StateSpec.from_dict(raw["state"]),
-                lowering=raw["lowering"], source=raw["source"], source_sha256=raw["source_sha256"],
-                licence=raw["licence"], weights_sha256=raw["weights_sha256"], versions=raw["versions"],
+                lowering=raw["lowering"], source=_text(raw["source"]), source_sha256=_text(raw["source_sha256"]),
+                licence=_text(raw["licence"]), weights_sha256=_text(raw["weights_sha256"]), versions=raw["versions"],
                 files={_inside(name, path): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
                        for name, entry in raw["files"].items()})
         except LfmEdgeError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BundleError(f"{path}: malformed ({type(error).__name__}: {error})") from None
 
 
@@ -112,6 +114,9 @@ class Bundle:
         if not directory.is_dir():
             raise BundleError(f"{directory}: no such bundle directory")
         bundle = cls(directory, Manifest.read(directory))
+        if bundle.manifest.target not in TARGETS:
+            raise BundleError(f"{directory / MANIFEST}: unknown target '{bundle.manifest.target}'; "
+                              f"this lfm-edge knows {', '.join(TARGETS)}")
         if bundle.manifest.artifact not in bundle.manifest.files:
             raise BundleError(f"{directory / MANIFEST}: files does not list the artifact {bundle.manifest.artifact}")
         if check:
@@ -162,27 +167,32 @@ def new_bundle(output: Path, force: bool) -> Iterator[Path]:
     When it does not, however it ends, nothing is left and what was at `output` is as it was. Raises
     ExportError where `output` exists (and is no bundle, or `force` is not given), or the disk is full.
     """
-    output = output.absolute()
-    if output.exists():
-        if not force:
-            raise ExportError(f"{output}: exists already; give --force to replace it")
-        if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-            raise ExportError(f"{output}: is not a bundle; --force replaces bundles only")
+    output = output.resolve()  # a link to a bundle stays a link; the bundle behind it is replaced
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output)
+        _check_replaceable(output, force)
+        output.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
         _put_in_place(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(f"{output}: no space left on the disk; nothing was written") from None
-        if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
-            raise ExportError(f"{error.filename}: cannot be written ({error.strerror})") from None
+        if error.errno in _UNWRITABLE:
+            raise ExportError(f"{error.filename or output}: cannot be written ({error.strerror})") from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(output: Path, force: bool) -> None:
+    if not output.exists():
+        return
+    if not force:
+        raise ExportError(f"{output}: exists already; give --force to replace it")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise ExportError(f"{output}: is not a bundle; --force replaces bundles only")
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
@@ -213,6 +223,9 @@ def _remove_abandoned(output: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
+    """Whether another process has this number. In a container, each export may be number 1."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -241,6 +254,18 @@ def _inside(name: Any, manifest: Path) -> str:
     if not isinstance(name, str) or not name or path.is_absolute() or ".." in path.parts or "\\" in name:
         raise BundleError(f"{manifest}: '{name}' leads out of the bundle")
     return name
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value
+
+
+def _positive(value: Any) -> int:
+    if int(value) < 1:
+        raise ValueError(f"{value} is not at least 1")
+    return int(value)
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import CheckpointError, LfmEdgeError
 from lfm_edge.presets import PRESETS
-from lfm_edge.tokenizer import TOKENIZER_FILES, write_chatml_tokenizer
+from lfm_edge.tokenizer import TOKENIZER_FILES, default_template, write_chatml_tokenizer
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _TASKS_FILE = "tasks.json"
 
 
@@ -233,7 +233,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected an object at the top level")
@@ -245,8 +245,9 @@ def _licence(directory: Path) -> str:
     card = directory / "README.md"
     if not card.is_file():
         return "unknown"
-    front_matter = card.read_text(errors="replace").split("\n---", 1)[0]
-    fields = dict(re.findall(r"^(license_name|license):\s*(\S+)", front_matter, flags=re.MULTILINE))
+    text = card.read_text(errors="replace")
+    front_matter = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    fields = dict(re.findall(r"^(license_name|license):\s*[\"']?([^\s\"']+)", front_matter, flags=re.MULTILINE))
     return fields.get("license_name") or fields.get("license") or "unknown"
 
 
@@ -254,8 +255,12 @@ def _embed_chat_template(directory: Path) -> None:
     """Let both places that clients read the chat template from hold it."""
     config_path, template_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     config = _read_json(config_path) if config_path.is_file() else {}
-    if template_path.is_file() and not config.get("chat_template"):
-        config["chat_template"] = template_path.read_text()
+    embedded = default_template(config.get("chat_template"))
+    if template_path.is_file() and not embedded:
+        try:
+            config["chat_template"] = template_path.read_text()
+        except ValueError as error:
+            raise CheckpointError(f"{template_path.name}: not text ({error})") from None
         config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    elif isinstance(config.get("chat_template"), str) and not template_path.is_file():
-        template_path.write_text(config["chat_template"])
+    elif isinstance(embedded, str) and not template_path.is_file():
+        template_path.write_text(embedded)

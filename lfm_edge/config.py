@@ -50,11 +50,14 @@ class ModelConfig:
                      "num_key_value_heads", "head_dim", "conv_taps", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config.json: {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"config.json: {name} is {getattr(self, name)}; it must be above 0")
         if not self.layer_types:
             raise ConfigError("config.json: layer_types is empty; a model needs at least one layer")
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
-                raise ConfigError(f"config.json: layer_types[{index}] is '{kind}'; "
+                raise ConfigError(f"config.json: layer_types[{index}] is {kind!r}; "
                                   f"known layer types are {', '.join(LAYER_TYPES)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(f"config.json: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -124,10 +127,13 @@ class ModelConfig:
             raise ConfigError("config.json: expected an object at the top level")
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
-            raise ConfigError(f"config.json: model_type is {model_type!r}; known model types are {', '.join(MODEL_TYPES)}")
+            raise ConfigError(f"config.json: model_type is {model_type!r}; "
+                              f"known model types are {', '.join(MODEL_TYPES)}")
         hidden = _integer(raw, "hidden_size", "block_dim", "conv_dim")
         heads = _integer(raw, "num_attention_heads", "num_heads")
-        if "head_dim" not in raw and hidden % heads:
+        if heads < 1:
+            raise ConfigError(f"config.json: num_attention_heads is {heads}; it must be at least 1")
+        if raw.get("head_dim") is None and hidden % heads:
             raise ConfigError(f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
         return cls(
             vocab_size=_integer(raw, "vocab_size"),
@@ -138,10 +144,10 @@ class ModelConfig:
             head_dim=_integer(raw, "head_dim", default=hidden // heads),
             layer_types=_layer_types(raw),
             conv_taps=_integer(raw, "conv_L_cache", default=3),
-            conv_bias=bool(raw.get("conv_bias", False)),
+            conv_bias=_boolean(raw, "conv_bias", default=False),
             norm_eps=_number(raw, "norm_eps", "block_norm_eps", default=1e-5),
             rope_theta=_rope_theta(raw),
-            tie_embedding=bool(_first(raw, "tie_embedding", "tie_word_embeddings", default=True)),
+            tie_embedding=_boolean(raw, "tie_embedding", "tie_word_embeddings", default=True),
             max_position_embeddings=_integer(raw, "max_position_embeddings", default=128_000),
             bos_token_id=_integer(raw, "bos_token_id", default=1),
             eos_token_ids=_token_ids(raw.get("eos_token_id", 7)),
@@ -217,6 +223,13 @@ def _number(raw: dict[str, Any], *names: str, default: float) -> float:
     return float(value)
 
 
+def _boolean(raw: dict[str, Any], *names: str, default: bool) -> bool:
+    value = _first(raw, *names, default=default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {names[0]} is {value!r}; expected true or false")
+    return value
+
+
 def _token_ids(value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
@@ -228,16 +241,16 @@ def _ffn_width(raw: dict[str, Any]) -> int:
     """The feed-forward width. The older spelling gives 1.5 times it, to be cut to 2/3 and rounded up."""
     # transformers lets block_ff_dim win where both are there; so do we, to load the same model.
     width = _integer(raw, "block_ff_dim", "intermediate_size")
-    if not raw.get("block_auto_adjust_ff_dim", True):
+    if not _boolean(raw, "block_auto_adjust_ff_dim", default=True):
         return width
     width = int(2 * width / 3)
-    multiplier = raw.get("block_ffn_dim_multiplier", 1.0)
-    if multiplier is None:
+    if raw.get("block_ffn_dim_multiplier", 1.0) is None:
         return width
+    multiplier = _number(raw, "block_ffn_dim_multiplier", default=1.0)
     multiple = _integer(raw, "block_multiple_of", default=256)
     if multiple < 1:
         raise ConfigError(f"config.json: block_multiple_of is {multiple}; it must be at least 1")
-    return -(-int(float(multiplier) * width) // multiple) * multiple
+    return -(-int(multiplier * width) // multiple) * multiple
 
 
 def _layer_types(raw: dict[str, Any]) -> tuple[str, ...]:
@@ -257,9 +270,14 @@ def _layer_types(raw: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"config.json: rope_type is '{kind}'; only 'default' rotary embedding is known")
-    return _number({**raw, **{k: v for k, v in parameters.items() if k == "rope_theta"}},
-                   "rope_theta", "theta", default=1_000_000.0)
+    merged = dict(raw)
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = raw.get(name) or {}
+        if not isinstance(parameters, dict):
+            raise ConfigError(f"config.json: {name} is {parameters!r}; expected an object")
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"config.json: {name}: rope_type is {kind!r}; only 'default' rotary embedding is known")
+        if parameters.get("rope_theta") is not None:
+            merged["rope_theta"] = parameters["rope_theta"]
+    return _number(merged, "rope_theta", "theta", default=1_000_000.0)

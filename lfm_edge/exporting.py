@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lfm_edge.checkpoint import Checkpoint, DirectoryCheckpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.model.weights import Weights
+from lfm_edge.progress import Progress
 from lfm_edge.quantization.recipe import GROUP_SIZES, HEAD_BITS, Recipe, recipe
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.state import StateSpec
@@ -22,20 +22,6 @@ from lfm_edge.targets import Target, target_named
 DEFAULT_MODEL = "LiquidAI/LFM2.5-1.2B-Instruct"
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 128
-
-
-class Progress:
-    """What an export tells about itself; this one tells nobody.
-
-    stage: a named step begins, of `total` parts where that is known
-    advance: one part of the step is done
-    """
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """A named step begins."""
-
-    def advance(self) -> None:
-        """One part of the current step is done."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +42,15 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What an exporter wrote: the file's name, and what `inspect` shows about the lowering."""
+    """What an exporter wrote.
+
+    path: the file that the runtime loads; lowering: what `inspect` shows about the exporter's work
+    usage: Markdown for the bundle's README, how each client loads it
+    """
 
     path: str
-    lowering: dict[str, Any] = field(default_factory=dict)
+    lowering: dict[str, Any]
+    usage: str
 
 
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int = DEFAULT_CONTEXT,
@@ -91,8 +82,10 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
         job = ExportJob(checkpoint.config, weights, bits, layout, state, min(prefill_chunk, context))
         artifact = exporter.export(job, directory, progress.stage)
-        progress.stage("check and pack")
-        _manifest(checkpoint, chosen, job, artifact).write(directory)
+        progress.stage("seal the bundle")
+        manifest = _manifest(checkpoint, chosen, job, artifact)
+        (directory / "README.md").write_text(_readme(manifest, artifact.usage))
+        manifest.write(directory)
     return Bundle.open(output)
 
 
@@ -122,8 +115,21 @@ def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: 
         config=job.config, recipe=job.recipe, state=job.state, lowering=artifact.lowering,
         source=source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
         weights_sha256=weights_digest(job.weights),
-        versions={"lfm-edge": lfm_edge.__version__, "torch": _version("torch"), target.requires: _version(target.requires)})
+        versions={"lfm-edge": lfm_edge.__version__,
+                  **{package: importlib.metadata.version(package) for package in ("torch", target.requires)}})
 
 
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
+def _readme(manifest: Manifest, usage: str) -> str:
+    """What the bundle is and how to load it, for someone who finds the directory."""
+    recipe, state = manifest.recipe.to_dict(), manifest.state
+    return f"""# {Path(manifest.source).name} for {manifest.target}
+
+Made by lfm-edge {manifest.versions["lfm-edge"]} from `{manifest.source}` (licence: {manifest.licence}).
+Linear layers have {recipe["body"]["bits"]} bits, embedding and head {recipe["head"]["bits"]}. The context holds
+{state.context} tokens; a step takes 1 to {manifest.prefill_chunk}. `manifest.json` has the whole layout of the state.
+
+    lfm-edge verify .
+    lfm-edge bench .
+    lfm-edge chat .
+
+{usage}"""

@@ -73,6 +73,11 @@ class StateSpec:
         """
         tensors: list[StateTensor] = []
         rows = (1, context, config.num_key_value_heads)
+
+        def cache(layer: int, kind: str, width: int, dtype: str, initial: float = 0.0) -> StateTensor:
+            name = f"past_key_values.{layer}.{kind}"
+            return StateTensor(name, layer, kind, (*rows, width), dtype, APPEND, initial)
+
         for layer in range(config.num_layers):
             if layer in config.conv_layers:
                 if config.conv_taps > 1:
@@ -80,11 +85,10 @@ class StateSpec:
                     tensors.append(StateTensor(f"past_conv.{layer}", layer, "conv", shape, "float32", REPLACE))
                 continue
             for part in ("key", "value"):
-                name = f"past_key_values.{layer}.{part}"
-                tensors.append(StateTensor(name, layer, part, (*rows, config.head_dim), kv_dtype, APPEND))
+                tensors.append(cache(layer, part, config.head_dim, kv_dtype))
                 if kv_dtype == "int8":
-                    tensors.append(StateTensor(f"{name}_scale", layer, f"{part}_scale", (*rows, 1), "float32", APPEND, 1.0))
-                    tensors.append(StateTensor(f"{name}_zero_point", layer, f"{part}_zero_point", (*rows, 1), "int8", APPEND))
+                    tensors.append(cache(layer, f"{part}_scale", 1, "float32", 1.0))
+                    tensors.append(cache(layer, f"{part}_zero_point", 1, "int8"))
         return cls(tuple(tensors), context)
 
     def of_layer(self, layer: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -65,7 +66,12 @@ class Target:
     def _load(self, package: str) -> ModuleType:
         if not self.installed:
             raise ExportError(f"{self.name} needs the package {self.requires}: pip install 'lfm-edge[{self.module}]'")
-        return importlib.import_module(f"{package}.{self.module}")
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # backends warn about optional parts of theirs while they are imported
+        try:
+            return importlib.import_module(f"{package}.{self.module}")
+        finally:
+            logging.disable(previous)
 
 
 # XNNPACK rounds activations exactly as the reference does, so what is left is the order of float32 sums: 1e-6 of
@@ -94,3 +100,8 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise ExportError(f"unknown target '{name}'; known targets are {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def reference_runtime() -> ModuleType:
+    """The `torch` runtime, which every artifact is held against."""
+    return importlib.import_module("runtimes.reference")

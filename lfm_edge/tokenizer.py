@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -103,7 +106,11 @@ class TextTokenizer:
             raise BundleError(f"{path}: not a tokenizer ({error})") from None
         self.config = _read_json(directory / "tokenizer_config.json")
         template = directory / "chat_template.jinja"
-        self.template = template.read_text() if template.is_file() else _template_text(self.config.get("chat_template"))
+        try:
+            self.template = (template.read_text() if template.is_file()
+                             else default_template(self.config.get("chat_template")))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{template}: not text ({error})") from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, what the tokenizer puts around a text (LFM2: a first token) is there."""
@@ -120,15 +127,40 @@ class TextTokenizer:
         """
         if self.template is None:
             raise BundleError("this bundle has no chat template; use `generate` with a plain prompt")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
+        environment = _environment()
         tokens = {name: _content(self.config.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")}
         try:
             text = environment.from_string(self.template).render(
                 messages=messages, add_generation_prompt=True, tools=None, **tokens)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BundleError(f"chat template: {error}") from None
+        except Exception as error:  # a template is foreign code; it can raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BundleError(f"chat template: {reason}") from None
         return self.encode(text, special=False)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant said, for training; here it is its own content."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What published chat templates expect: the same tags, filters and functions as in transformers."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """JSON as it is; jinja's own filter escapes it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
 def _refuse(message: str) -> None:
@@ -139,7 +171,7 @@ def _content(token: Any) -> str:
     return token.get("content", "") if isinstance(token, dict) else str(token or "")
 
 
-def _template_text(template: Any) -> str | None:
+def default_template(template: Any) -> str | None:
     """The default template; published configs hold one text, or a list of named ones."""
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -152,7 +184,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise BundleError(f"{path}: expected an object at the top level")

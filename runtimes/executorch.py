@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 - registers the llama:: kernels
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
 import torch
 from executorch.extension.pybindings import portable_lib
@@ -14,10 +19,11 @@ from lfm_edge.session import Logits, Session, Snapshot
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's program. threads: of the runtime's pool, which the process shares"""
-    if threads is not None:
-        portable_lib._unsafe_reset_threadpool(threads)
     try:
-        program = portable_lib._load_for_executorch(str(bundle.artifact))
+        with _native_messages_hidden():
+            if threads is not None:
+                portable_lib._unsafe_reset_threadpool(threads)
+            program = portable_lib._load_for_executorch(str(bundle.artifact))
     except RuntimeError as error:
         raise BundleError(f"{bundle.artifact}: ExecuTorch cannot load it ({error})") from None
     manifest = bundle.manifest
@@ -53,3 +59,17 @@ class InternalStateSession(ExecutorchSession):
 
     def reset(self) -> None:
         self.position = 0
+
+
+@contextmanager
+def _native_messages_hidden() -> Iterator[None]:
+    """Keep what the native libraries print about the processor, while they start, off standard error."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

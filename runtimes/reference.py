@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.config import ModelConfig
@@ -11,6 +15,8 @@ from lfm_edge.model.lowering import Lowering
 from lfm_edge.model.weights import Weights
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import StateSpec
+
+_SCORED_AT_ONCE = 64  # positions whose logits over the whole vocabulary are held at once
 
 
 class ReferenceSession(Session):
@@ -27,10 +33,24 @@ class ReferenceSession(Session):
         self.decoder = Decoder(config, weights, spec, Lowering(int8_activations))
 
     def _step(self, tokens: list[int]) -> Logits:
-        with torch.inference_mode():
-            logits, following = self.decoder(torch.tensor([tokens]), torch.tensor([self.position]), self.state)
-        self.state = [tensor.clone() for tensor in following]
+        with torch.no_grad():
+            logits, self.state = self.decoder(torch.tensor([tokens]), torch.tensor([self.position]), self.state)
         return logits[0, -1].numpy()
+
+    def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits of every position of `tokens`, float32 [len(tokens), vocab], from a fresh state.
+
+        The session's own position and state stay as they are.
+        """
+        rows, state = [], self.spec.fresh()
+        self.decoder.all_logits = True
+        with torch.no_grad():
+            for start in range(0, len(tokens), _SCORED_AT_ONCE):
+                part = torch.tensor([list(tokens[start:start + _SCORED_AT_ONCE])])
+                logits, state = self.decoder(part, torch.tensor([start]), state)
+                rows.append(logits[0].numpy())
+        self.decoder.all_logits = False
+        return np.concatenate(rows)
 
 
 def float_weights(checkpoint: Checkpoint) -> Weights:

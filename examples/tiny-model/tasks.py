@@ -16,8 +16,11 @@ MOST_PAIRS = 40
 MOST_BYTES = 480  # of the list of pairs, filler included
 LARGEST = 99  # of any number in a sum or a difference
 
-FILLER = ("the a old cold river boat stone wind tree house slow quiet under over near and then went came stood "
-          "grey small bird field road long night snow hill door lamp").split()
+FILLER = [
+    "the", "a", "old", "cold", "river", "boat", "stone", "wind", "tree", "house", "slow", "quiet", "under", "over",
+    "near", "and", "then", "went", "came", "stood", "grey", "small", "bird", "field", "road", "long", "night", "snow",
+    "hill", "door", "lamp",
+]
 
 FACTS = {
     "what colour is the sky?": "blue",
@@ -83,11 +86,11 @@ def random_text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choices(FILLER, k=words))
 
 
-def written_pairs(rng: random.Random, pairs: dict[str, str]) -> str:
-    """`k7=42 b3=17 ...`; for one list in two, filler between the pairs as far as MOST_BYTES allows."""
+def written_pairs(rng: random.Random, pairs: dict[str, str], filler_share: float = 0.5) -> str:
+    """`k7=42 b3=17 ...`; for some lists, filler between the pairs as far as MOST_BYTES allows."""
     parts = [f"{key}={value}" for key, value in pairs.items()]
     room = MOST_BYTES - 6 * len(parts)
-    for _ in range(rng.randint(1, 12) if rng.random() < 0.5 else 0):
+    for _ in range(rng.randint(1, 12) if rng.random() < filler_share else 0):
         filler = random_text(rng, rng.randint(1, 8))
         if len(filler) >= room:
             break
@@ -105,11 +108,11 @@ def random_sum(rng: random.Random) -> tuple[str, str]:
     return f"{first}+{second - first}", str(second)
 
 
-def recall(rng: random.Random, most_pairs: int = MOST_PAIRS) -> Example:
+def recall(rng: random.Random, most_pairs: int = MOST_PAIRS, filler_share: float = 0.5) -> Example:
     """`k7=42 b3=17 ... b3?` -> `17`"""
     pairs = random_pairs(rng, rng.randint(min(4, most_pairs), most_pairs))
     key = rng.choice(list(pairs))
-    return Example("recall", [user(f"{written_pairs(rng, pairs)} {key}?")], pairs[key])
+    return Example("recall", [user(f"{written_pairs(rng, pairs, filler_share)} {key}?")], pairs[key])
 
 
 def arithmetic(rng: random.Random) -> Example:
@@ -118,9 +121,10 @@ def arithmetic(rng: random.Random) -> Example:
     return Example("arithmetic", [user(f"{question}=?")], result)
 
 
-def copy(rng: random.Random) -> Example:
+def copy(rng: random.Random, most_words: int = 3, most_letters: int = 7) -> Example:
     """`repeat: qwe rtyui` -> `qwe rtyui`"""
-    words = ["".join(rng.choices(ascii_lowercase, k=rng.randint(2, 7))) for _ in range(rng.randint(1, 3))]
+    lengths = [rng.randint(2, most_letters) for _ in range(rng.randint(1, most_words))]
+    words = ["".join(rng.choices(ascii_lowercase, k=length)) for length in lengths]
     return Example("copy", [user("repeat: " + " ".join(words))], " ".join(words))
 
 
@@ -130,13 +134,13 @@ def fact(rng: random.Random) -> Example:
     return Example("facts", [user(question)], answer)
 
 
-def chat(rng: random.Random, most_pairs: int = 20) -> Example:
+def chat(rng: random.Random, most_pairs: int = 20, filler_share: float = 0.5) -> Example:
     """Two or three turns: pairs to remember, perhaps something else, then a key."""
     pairs = random_pairs(rng, rng.randint(2, most_pairs))
     key, other = rng.sample(list(pairs), 2)
-    turns = [user(f"remember {written_pairs(rng, pairs)}"), assistant("ok")]
+    turns = [user(f"remember {written_pairs(rng, pairs, filler_share)}"), assistant("ok")]
     if rng.random() < 0.3:
-        turns = [user(f"{written_pairs(rng, pairs)} {other}?"), assistant(pairs[other])]
+        turns = [user(f"{written_pairs(rng, pairs, filler_share)} {other}?"), assistant(pairs[other])]
     if rng.random() < 0.4:
         turns += rng.choice((arithmetic, fact, copy))(rng).conversation()
     return Example("chat", [*turns, user(f"{key}?")], pairs[key])

@@ -1,6 +1,6 @@
 """Train the tiny LFM2 model of this folder from nothing, on one CPU core, and score what was written.
 
-    python examples/tiny-model/train.py --steps 3600 --threads 1
+    python examples/tiny-model/train.py --steps 4000 --threads 1
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from encoding import MARK, UNMARK, Encoder, Sequence, check_encoder
+from muon import Muon
 from safetensors.torch import load_file, save_file
 from score import accuracy, int4_weights, padded, quantized
 from tasks import (
     FACTS,
     MOST_PAIRS,
     TASKS,
+    Example,
     Message,
     arithmetic,
     assistant,
@@ -36,6 +38,7 @@ from tasks import (
     recall,
     user,
 )
+from torch import nn
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from lfm_edge.config import ATTENTION, CONV, ModelConfig
@@ -43,6 +46,7 @@ from lfm_edge.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
 
 HERE = Path(__file__).resolve().parent
 EVALUATION_SEED = 1_000_003
+PARTS = 2  # batches of different lengths, and so of different tasks, in each step
 
 CONFIG = ModelConfig(
     vocab_size=SMALLEST_VOCABULARY, hidden_size=128, intermediate_size=256,
@@ -77,39 +81,40 @@ def more_questions(rng: random.Random, example: Example, most: int) -> list[Mess
 
 
 def conversation(rng: random.Random, progress: float) -> list[Message]:
-    """One training conversation; `progress` from 0 to 1 moves from drills and few pairs to the tasks themselves."""
-    drill = 0.6 if progress < 0.4 else 0.25
-    pairs = round(6 + (MOST_PAIRS - 6) * min(1.0, progress / 0.4))
+    """One training conversation; `progress` from 0 to 1 moves from drills and two pairs to the tasks themselves."""
+    ramp = min(1.0, progress / 0.5)
+    drill = 0.6 - 0.4 * ramp
+    pairs, filler = 2 + round((MOST_PAIRS - 2) * ramp ** 2), 0.5 * ramp
     kind = rng.random()
-    if kind < 0.36:
+    if kind < 0.30:
         if rng.random() < drill:
             return sum_drill(rng)
         return [turn for _ in range(rng.randint(1, 3)) for turn in arithmetic(rng).conversation()]
-    if kind < 0.60:
+    if kind < 0.58:
         if rng.random() < drill:
             return recall_drill(rng, pairs)
-        return more_questions(rng, recall(rng, pairs), 4)
+        return more_questions(rng, recall(rng, pairs, filler), 4)
     if kind < 0.76:
-        return more_questions(rng, chat(rng, min(20, pairs)), 3)
-    if kind < 0.94:
-        return [turn for _ in range(rng.randint(1, 2)) for turn in copy(rng).conversation()]
+        return more_questions(rng, chat(rng, min(20, pairs), filler), 3)
+    if kind < 0.92:
+        words, letters = (3, 7) if ramp > 0.4 else (1, 3 + round(10 * ramp))
+        return [turn for _ in range(rng.randint(1, 2)) for turn in copy(rng, words, letters).conversation()]
     return fact(rng).conversation()
 
 
-def batches(rng: random.Random, encoder: Encoder, steps: int, tokens: int) -> Iterator[list[Sequence]]:
-    """`steps` batches of about `tokens` tokens, each of sequences of similar length."""
+def batches(rng: random.Random, encoder: Encoder, count: int, tokens: int) -> Iterator[list[Sequence]]:
+    """`count` batches of about `tokens` tokens, each of sequences of similar length."""
     done = 0
-    while done < steps:
-        pool = sorted((encoder(conversation(rng, done / steps)) for _ in range(256)), key=lambda s: len(s.ids))
+    while done < count:
+        pool = sorted((encoder(conversation(rng, done / count)) for _ in range(256)), key=lambda s: len(s.ids))
         chunks, chunk = [], []
         for sequence in pool:
-            if (len(chunk) + 1) * len(sequence.ids) > tokens:
+            if chunk and (len(chunk) + 1) * len(sequence.ids) > tokens:
                 chunks.append(chunk)
                 chunk = []
             chunk.append(sequence)
         rng.shuffle(chunks)
-        for chunk in chunks[: steps - done]:
-            yield chunk
+        yield from chunks[: count - done]
         done += len(chunks)
 
 
@@ -123,17 +128,18 @@ def weighted_loss(model: Lfm2ForCausalLM, batch: list[Sequence]) -> torch.Tensor
     return (losses * weights).sum() / weights.sum()
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, then a cosine to 1 % of the peak."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return peak * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * cosine)
+def rate(step: int, steps: int) -> float:
+    """The learning rate as a share of its peak: 50 steps of warm-up, level up to the middle, a cosine to 1 %."""
+    late = max(0.0, 2 * step / steps - 1)
+    return min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * late)))
 
 
-def new_optimizer(model: Lfm2ForCausalLM, decay: float) -> torch.optim.AdamW:
-    """AdamW that decays the linear layers only."""
-    groups = [{"params": [p for n, p in model.named_parameters() if _is_linear(n, p)], "weight_decay": decay},
-              {"params": [p for n, p in model.named_parameters() if not _is_linear(n, p)], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+def new_optimizers(model: Lfm2ForCausalLM, options: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the linear layers; AdamW, at half the rate and without decay, for everything else."""
+    linear = [p for name, p in model.named_parameters() if _is_linear(name, p)]
+    others = [p for name, p in model.named_parameters() if not _is_linear(name, p)]
+    return [Muon(linear, lr=options.peak, weight_decay=options.weight_decay),
+            torch.optim.AdamW(others, lr=options.peak / 2, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
 def _is_linear(name: str, parameter: torch.Tensor) -> bool:
@@ -142,23 +148,25 @@ def _is_linear(name: str, parameter: torch.Tensor) -> bool:
 
 def train(model: Lfm2ForCausalLM, encoder: Encoder, options: argparse.Namespace) -> float:
     """Train in place; returns the seconds it took. Every other late step sees weights rounded to int4."""
-    optimizer = new_optimizer(model, options.weight_decay)
-    started, report, shown = time.time(), 0.0, 0
-    rng = random.Random(options.seed)
-    for step, batch in enumerate(batches(rng, encoder, options.steps, options.batch_tokens)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options.steps, options.peak)
+    optimizers = new_optimizers(model, options)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, options.steps)) for o in optimizers]
+    started, shown = time.time(), []
+    data = batches(random.Random(options.seed), encoder, PARTS * options.steps, options.batch_tokens // PARTS)
+    for step in range(options.steps):
         rounded = step > options.rounding_from * options.steps and step % 2 == 1
         with quantized(model, int4_weights if rounded else None):
-            loss = weighted_loss(model, batch)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        report, shown = report + loss.item(), shown + 1
+            for _ in range(PARTS):
+                loss = weighted_loss(model, next(data)) / PARTS
+                loss.backward()
+                shown.append(loss.item() * PARTS)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        model.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1} loss {report / shown:.4f} {time.time() - started:.0f} s", flush=True)
-            report, shown = 0.0, 0
+            print(f"step {step + 1} loss {sum(shown) / len(shown):.4f} {time.time() - started:.0f} s", flush=True)
+            shown.clear()
         if (step + 1) % options.save_every == 0 and step + 1 < options.steps:
             save(model, options.output)
             print("   ", scores(load(options.output), 100), flush=True)
@@ -191,9 +199,17 @@ def load(directory: Path) -> Lfm2ForCausalLM:
 
 
 def new_model() -> Lfm2ForCausalLM:
-    """Random weights with the dimensions of CONFIG."""
-    config = Lfm2Config(**CONFIG.to_dict(), initializer_range=0.04)
-    return Lfm2ForCausalLM._from_config(config, attn_implementation="sdpa")
+    """Random weights with the dimensions of CONFIG, scaled so that a small model starts learning at once."""
+    model = Lfm2ForCausalLM._from_config(Lfm2Config(**CONFIG.to_dict()), attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        if name.endswith("conv.conv.weight"):
+            nn.init.normal_(parameter, std=CONFIG.conv_taps ** -0.5)
+        elif name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+            nn.init.constant_(parameter, 1.5)  # sharper attention: recall looks for one place in hundreds
+        elif parameter.ndim == 2:
+            small = name.endswith(("out_proj.weight", "w2.weight", "embed_tokens.weight"))
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * (0.4 if small else 1.0))
+    return model
 
 
 def scores(model: Lfm2ForCausalLM, count: int, **rounding: object) -> dict[str, float]:
@@ -205,9 +221,9 @@ def main() -> None:
     """Parse the options, train, write the checkpoint and print its scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "checkpoint")
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--peak", type=float, default=3e-3, help="largest learning rate")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-tokens", type=int, default=1536)
+    parser.add_argument("--peak", type=float, default=4e-3, help="largest learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--rounding-from", type=float, default=0.7,
                         help="share of the steps after which every other step rounds the weights to int4")

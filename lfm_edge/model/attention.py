@@ -15,7 +15,8 @@ def rotary_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
     The angles are float32 products, as in the published implementation: a more exact table would be
     a different model at long contexts.
     """
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta ** exponents
     angles = torch.arange(context, dtype=torch.float32)[:, None] * frequencies  # [context, D / 2]
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
@@ -40,7 +41,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], position: int,
                 state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """x: float32 [B, T, H]; rotary: cos and sin, float32 [T, 1, D]; state: the layer's caches"""
-        batch, length, _ = x.shape
+        batch = x.shape[0]
         query = self.q_proj(x).view(batch, -1, *self.query_shape)
         key = self.k_proj(x).view(batch, -1, *self.key_shape)
         value = self.v_proj(x).view(batch, -1, *self.key_shape)

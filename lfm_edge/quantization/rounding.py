@@ -25,7 +25,7 @@ from lfm_edge.quantization.tensor import QuantizedTensor
 _GRID_4 = (1.0, 0.94, 0.88, 0.82, 0.76, 1.07)
 _GRID_8 = (1.0, 0.97, 0.94, 0.9, 0.85)
 _REFINEMENTS = 2
-_ELEMENTS_AT_ONCE = 1 << 18  # what fits the cache while a dozen candidates are tried
+_ELEMENTS_AT_ONCE = 1 << 17  # what fits the cache while a dozen candidates are tried
 _SAMPLE_ROWS = 16
 _SMALLEST_SCALE = 2.0 ** -14  # normal in float16 and bfloat16, so every backend reads it exactly
 
@@ -89,24 +89,24 @@ def _on_grid(scales: Tensor) -> Tensor:
     return scales.clamp(min=_SMALLEST_SCALE).bfloat16().float()
 
 
-def _round(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
+def _round(groups: Tensor, scales: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """The nearest codes, in float32. groups: [n, group]; scales: [n, 1]"""
     limit = 2 ** (bits - 1)
-    return (groups / scales).round_().clamp_(-limit, limit - 1)
+    return torch.div(groups, scales, out=out).round_().clamp_(-limit, limit - 1)
 
 
 def _search(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of the smallest squared error. groups: float32 [n, group]"""
     largest = groups.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
-    best_ints, best_scales = torch.zeros_like(groups), _on_grid(largest)
-    best_errors = torch.full_like(largest, torch.inf)
+    best_scales, best_errors = _on_grid(largest), torch.full_like(largest, torch.inf)
+    codes, products = torch.empty_like(groups), torch.empty_like(groups)  # one buffer each, for all candidates
 
     def consider(scales: Tensor) -> None:
-        nonlocal best_ints, best_scales, best_errors
-        ints = _round(groups, scales, bits)
-        errors = torch.addcmul(groups, ints, scales, value=-1).square_().sum(1, keepdim=True)
+        nonlocal best_scales, best_errors
+        _round(groups, scales, bits, out=codes)
+        torch.mul(codes, scales, out=products).sub_(groups)
+        errors = torch.linalg.vector_norm(products, dim=1, keepdim=True)
         better = errors < best_errors
-        best_ints = torch.where(better, ints, best_ints)
         best_scales = torch.where(better, scales, best_scales)
         best_errors = torch.where(better, errors, best_errors)
 
@@ -114,10 +114,11 @@ def _search(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         consider(_on_grid(largest * fraction))
     for _ in range(_REFINEMENTS):
         # For fixed codes the best scale is the projection of the weights on them.
-        energy = best_ints.square().sum(1, keepdim=True)
-        projection = (groups * best_ints).sum(1, keepdim=True) / energy.clamp(min=1.0)
+        _round(groups, best_scales, bits, out=codes)
+        energy = torch.linalg.vector_norm(codes, dim=1, keepdim=True).square_()
+        projection = torch.mul(groups, codes, out=products).sum(1, keepdim=True) / energy.clamp_(min=1.0)
         consider(_on_grid(torch.where(projection > 0, projection, best_scales)))
-    return best_ints.to(torch.int8), best_scales
+    return _round(groups, best_scales, bits, out=codes).to(torch.int8), best_scales
 
 
 def _candidates(groups: Tensor, bits: int) -> Iterator[Tensor]:

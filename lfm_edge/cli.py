@@ -1,0 +1,268 @@
+"""The command line: parses, calls, renders. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lfm_edge.errors import LfmEdgeError
+
+if TYPE_CHECKING:
+    from lfm_edge.bundle import Bundle
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="Export LFM2 / LFM2.5 models to verified on-device bundles.\n\n"
+                       "[bold]lfm-edge export --target android-q4 --model DIR --output out[/], then "
+                       "[bold]verify[/], [bold]bench[/], [bold]generate[/] or [bold]chat[/] with it.")
+out = Console()
+err = Console(stderr=True)
+
+BundlePath = Annotated[Path, typer.Argument(help="A bundle directory, as `export` writes it.", show_default=False)]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON as well; - for standard output "
+                                                               "in place of the table.", show_default=False)]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. [default: the runtime's own]",
+                                             show_default=False)]
+
+
+@app.command()
+def targets() -> None:
+    """List the targets, and whether their backend is installed."""
+    from lfm_edge.targets import TARGETS
+
+    table = Table("target", "runs on", "weights", "artifact", "installed")
+    for target in TARGETS.values():
+        hint = "yes" if target.installed else f"pip install 'lfm-edge[{target.module}]'"
+        table.add_row(target.name, target.runs_on, target.weights, target.artifact, escape(hint))
+    out.print(table)
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Option(help="What to export for; `lfm-edge targets` lists them.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A Hugging Face directory, a hub id (owner/name), or random:PRESET for "
+                                            "random weights at a published size, such as random:lfm2.5-1.2b.")
+                     ] = "LiquidAI/LFM2.5-1.2B-Instruct",
+    output: Annotated[Path | None, typer.Option(help="Bundle directory to write. [default: MODEL-TARGET]",
+                                                show_default=False)] = None,
+    context: Annotated[int, typer.Option(help="Positions that the KV cache holds.")] = 4096,
+    prefill_chunk: Annotated[int, typer.Option(help="Most tokens that one step takes.")] = 128,
+    group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128.")] = 32,
+    head_bits: Annotated[int, typer.Option(help="Bits of embedding and head: 8, or 4 for the last megabytes.")] = 8,
+    kv_dtype: Annotated[str, typer.Option(help="Type of the KV cache: float32, or int8 for about a quarter of it.")
+                        ] = "float32",
+    state: Annotated[str, typer.Option(help="explicit: the app owns the state, and can snapshot it. internal: the "
+                                            "program does, as the stock LLM runners want it.")] = "explicit",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle, once the new one is whole.")
+                     ] = False,
+) -> None:
+    """Quantize a checkpoint and export it to a bundle."""
+    from lfm_edge.exporting import export as run
+
+    if output is None:
+        output = Path(f"{model.removeprefix('random:').rstrip('/').rsplit('/', 1)[-1]}-{target}")
+    with _progress() as progress:
+        bundle = run(model, target=target, output=output, context=context, prefill_chunk=prefill_chunk,
+                     group_size=group_size, head_bits=head_bits, kv_dtype=kv_dtype, state=state, force=force,
+                     progress=progress)
+    _show_bundle(bundle)
+    where = escape(str(output))
+    out.print(f"\nwritten to [bold]{where}[/]; next: lfm-edge verify {where}", soft_wrap=True)
+
+
+@app.command()
+def inspect(bundle: BundlePath) -> None:
+    """Show what a bundle is: model, weights, state layout, lowering, files."""
+    _show_bundle(_open(bundle))
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    json_file: JsonFile = None,
+    model: Annotated[str | None, typer.Option(help="Where the checkpoint is now, if not where the manifest says.",
+                                              show_default=False)] = None,
+    threads: Threads = None,
+) -> None:
+    """Hold a bundle against the quantized reference, and that against the float32 model.
+
+    Exits with 1 where anything is outside the target's thresholds.
+    """
+    opened = _open(bundle)
+    from lfm_edge.harness.report import verification_tables
+    from lfm_edge.harness.verify import verify as run
+
+    with _progress() as progress:
+        result = run(opened, model=model, threads=threads, progress=progress)
+    _render(verification_tables(result), result.to_dict(), json_file)
+    if not result.passed:
+        err.print("verify: FAILED")
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle directories; several are measured in turn.",
+                                                  show_default=False)],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens to prefill.")] = 512,
+    generate_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after them.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. [default: all cores]",
+                                                show_default=False)] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds, each in a fresh process.")] = 3,
+    budget: Annotated[str, typer.Option(help="What the peak memory above an empty process may reach.")] = "1GB",
+    json_file: JsonFile = None,
+) -> None:
+    """Measure load time, time to first token, tokens per second and memory.
+
+    Exits with 1 where a bundle is over the budget.
+    """
+    from lfm_edge.harness.memory import parse_bytes
+
+    limit = parse_bytes(budget)
+    opened = [_open(path) for path in bundles]
+    from lfm_edge.harness.report import benchmark_table, megabytes
+    from lfm_edge.harness.speed import bench as run
+
+    with _progress() as progress:
+        results = run(opened, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
+                      repeat=repeat, budget=limit, progress=progress.stage)
+    _render([benchmark_table(results)], {"benchmarks": [result.to_dict() for result in results]}, json_file)
+    over = [result for result in results if not result.within_budget]
+    for result in over:
+        err.print(f"{result.bundle}: peak memory {megabytes(result.peak_bytes)} is over the budget of "
+                  f"{megabytes(result.budget_bytes)}", soft_wrap=True, highlight=False, markup=False)
+    if over:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Continue a prompt; the text goes to standard output as it comes."""
+    opened = _open(bundle)
+    from lfm_edge.generation import generate as run
+    from lfm_edge.generation import text_pieces
+
+    tokenizer, session = opened.tokenizer(), opened.session(threads)
+    tokens = run(session, tokenizer.encode(prompt), max_tokens=max_tokens, temperature=temperature, seed=seed,
+                 stop=opened.manifest.config.eos_token_ids)
+    for piece in text_pieces(tokenizer, tokens):
+        _say(piece)
+    _say("\n")
+
+
+@app.command()
+def chat(
+    bundle: BundlePath,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Talk with a bundle through its chat template. An empty line or end of input leaves, /reset begins anew."""
+    opened = _open(bundle)
+    from lfm_edge.generation import Chat
+
+    conversation = Chat(opened.session(threads), opened.tokenizer(), opened.manifest.config.eos_token_ids)
+    for line in _lines("> "):
+        if line == "/reset":
+            conversation.reset()
+            continue
+        try:
+            for piece in conversation.answer(line, max_tokens=max_tokens, temperature=temperature, seed=seed):
+                _say(piece)
+        except LfmEdgeError as error:
+            _complain(error)
+        _say("\n")
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and exit code 2; a kill cleans up as an interrupt does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # torch's OpenMP threads spin while they wait. Beside another busy process (CI, a laptop in use) that made
+    # quantization over 100 times slower on 2 cores; sleeping costs little on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        app()
+    except LfmEdgeError as error:
+        _complain(error)
+        sys.exit(2)
+
+
+def _complain(error: LfmEdgeError) -> None:
+    err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _open(path: Path) -> Bundle:
+    from lfm_edge.bundle import open_bundle
+
+    return open_bundle(path)
+
+
+def _show_bundle(bundle: Bundle) -> None:
+    from lfm_edge.harness.report import bundle_table
+
+    out.print(bundle_table(bundle))
+
+
+def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None) -> None:
+    """Tables for people, JSON for machines."""
+    text = json.dumps(result, indent=2)
+    if json_file == Path("-"):
+        print(text)
+        return
+    for table in tables:
+        out.print(table)
+    if json_file is not None:
+        try:
+            json_file.write_text(text + "\n")
+        except OSError as error:
+            raise LfmEdgeError(f"{json_file}: cannot be written ({error.strerror})") from None
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """Lines of standard input until an empty one; the prompt is shown to people only."""
+    while True:
+        if sys.stdin.isatty():
+            _say(prompt)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Progress on standard error: bars on a terminal, plain lines otherwise."""
+    from lfm_edge.progress import BarProgress, LineProgress
+
+    if not err.is_terminal:
+        yield LineProgress(err)
+        return
+    with BarProgress(err) as progress:
+        yield progress
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Memory of a process, as Linux accounts for it (proc(5)); Android's kernel has the same files."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lfm_edge.errors import LfmEdgeError
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of physical memory of this process.
+
+    anonymous: heap and other memory of its own; file_backed: clean or shared pages of files; peak: the
+    largest sum of both since the start, or since `reset_peak`
+    """
+
+    anonymous: int
+    file_backed: int
+    peak: int
+
+    @property
+    def resident(self) -> int:
+        """Both kinds together."""
+        return self.anonymous + self.file_backed
+
+    def above(self, baseline: Memory) -> Memory:
+        """What came on top of an earlier reading."""
+        return Memory(self.anonymous - baseline.anonymous, self.file_backed - baseline.file_backed,
+                      self.peak - baseline.resident)
+
+
+def read_memory() -> Memory:
+    """This process's memory now. Raises LfmEdgeError where the system does not tell."""
+    if not _STATUS.is_file():
+        raise LfmEdgeError(f"bench reads {_STATUS}, which {sys.platform} does not have; run it on Linux")
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+
+    def kilobytes(name: str) -> int:
+        return int(fields[name].split()[0]) * 1024
+
+    return Memory(kilobytes("RssAnon"), kilobytes("RssFile") + kilobytes("RssShmem"), kilobytes("VmHWM"))
+
+
+def reset_peak() -> None:
+    """Let `peak` count from here on."""
+    _CLEAR_REFS.write_text("5")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `1GB`, `800 MB`, `512MiB` or a plain number. Raises LfmEdgeError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise LfmEdgeError(f"'{text}' is no size; write for example 1GB, 800MB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,132 @@
+"""Parity: does the artifact compute what the quantized reference computes?
+
+Both sessions are led through the same calls, phase by phase, and the logits of every call are compared.
+The reference has the same integers and rounds activations the same way, so what is left between them is
+the order of float32 sums, and a tight tolerance catches whatever else is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lfm_edge.generation import generate
+from lfm_edge.session import Logits, Session
+from lfm_edge.targets import Thresholds
+
+Steps = list[Logits]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close two runs of one phase are.
+
+    logit_error: largest |a - r| over all positions, in standard deviations of the reference's logits
+    kl_divergence: largest KL(reference || artifact) of one position, in nats
+    top1_agreement: share of positions whose best token is the same
+    """
+
+    phase: str
+    positions: int
+    logit_error: float
+    kl_divergence: float
+    top1_agreement: float
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def log_softmax(logits: Logits) -> np.ndarray:
+    """float64 [..., vocab]"""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl_divergence(reference: Logits, other: Logits) -> np.ndarray:
+    """KL(reference || other) of each row, in nats. Both: [..., vocab]"""
+    p, q = log_softmax(reference), log_softmax(other)
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def compare(phase: str, artifact: Steps, reference: Steps, thresholds: Thresholds) -> Agreement:
+    """Hold the logits of one phase against the reference's."""
+    ours, theirs = np.stack(artifact), np.stack(reference)  # [positions, vocab]
+    if not np.isfinite(ours).all():
+        return Agreement(phase, len(ours), float("inf"), float("inf"), 0.0, False)
+    error = float((np.abs(ours - theirs).max(-1) / theirs.std(-1)).max())
+    divergence = float(max(kl_divergence(theirs, ours).max(), 0.0))
+    agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+    passed = (error <= thresholds.logit_error and divergence <= thresholds.kl_divergence
+              and agreement >= thresholds.top1_agreement)
+    return Agreement(phase, len(ours), error, divergence, agreement, passed)
+
+
+def full_prefill(session: Session, tokens: Sequence[int]) -> Steps:
+    """The prompt in one call, which the session cuts into chunks itself."""
+    session.reset()
+    return [session.prefill(tokens[:_prompt_length(tokens)])]
+
+
+def chunked_prefill(session: Session, tokens: Sequence[int]) -> Steps:
+    """The prompt in calls of uneven lengths, single tokens among them."""
+    session.reset()
+    steps, start, length = [], 0, 1
+    while start < _prompt_length(tokens):
+        end = min(start + length, _prompt_length(tokens))
+        steps.append(session.prefill(tokens[start:end]))
+        start, length = end, length * 3 if length < 60 else 1
+    return steps
+
+
+def decode(session: Session, tokens: Sequence[int]) -> Steps:
+    """A prompt, then the rest token by token."""
+    session.reset()
+    session.prefill(tokens[:_prompt_length(tokens)])
+    return [session.decode(token) for token in tokens[_prompt_length(tokens):]]
+
+
+def after_reset(session: Session, tokens: Sequence[int]) -> Steps:
+    """A new conversation after another one: nothing of the first may be left."""
+    session.reset()
+    session.prefill(tokens[-_prompt_length(tokens) // 2:])
+    session.reset()
+    return [session.prefill(tokens[:1]), *(session.decode(token) for token in tokens[1:6])]
+
+
+def after_restore(session: Session, tokens: Sequence[int]) -> Steps:
+    """A snapshot, other tokens, and back: the conversation goes on as if nothing had been between."""
+    session.reset()
+    session.prefill(tokens[:_prompt_length(tokens) // 2])
+    snapshot = session.snapshot()
+    session.prefill(tokens[-7:])
+    session.restore(snapshot)
+    following = tokens[_prompt_length(tokens) // 2:][:8]
+    return [session.prefill(following[:3]), *(session.decode(token) for token in following[3:])]
+
+
+PHASES: dict[str, Callable[[Session, Sequence[int]], Steps]] = {
+    "full prefill": full_prefill, "chunked prefill": chunked_prefill, "decode": decode,
+    "after reset": after_reset, "after restore": after_restore,
+}
+NEEDS_SNAPSHOT = frozenset({"after restore"})
+
+
+def run_phases(session: Session, tokens: Sequence[int], phases: Sequence[str]) -> dict[str, Steps]:
+    """Lead a session through phases; the logits that each call gave."""
+    return {phase: PHASES[phase](session, tokens) for phase in phases}
+
+
+def greedy_tokens(session: Session, prompt: Sequence[int], count: int) -> list[int]:
+    """What a session answers under greedy decoding, from a fresh state."""
+    session.reset()
+    return list(generate(session, prompt, max_tokens=count))
+
+
+def _prompt_length(tokens: Sequence[int]) -> int:
+    """How much of the tokens is prompt: most, with 16 (or a quarter) left to decode."""
+    return len(tokens) - min(16, len(tokens) // 4)

@@ -1,0 +1,110 @@
+"""Quality: what quantization costs, the quantized reference against the float32 model.
+
+Where the checkpoint ships `tasks.json` (prompts with one right answer), the artifact itself is asked too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lfm_edge.bundle import Bundle
+from lfm_edge.errors import BundleError
+from lfm_edge.generation import generate
+from lfm_edge.harness.parity import kl_divergence, log_softmax
+from lfm_edge.session import Session
+
+TASKS = "tasks.json"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What quantization costs on a text.
+
+    float_perplexity, perplexity: of the float32 model and of the quantized reference
+    kl_divergence: mean KL(float32 || quantized) in nats
+    top1_agreement: share of positions whose best token is the same
+    """
+
+    positions: int
+    float_perplexity: float
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TaskAccuracy:
+    """Share of a task's prompts answered exactly, by the float32 model and by the artifact."""
+
+    task: str
+    prompts: int
+    float_accuracy: float
+    accuracy: float
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def compare(tokens: Sequence[int], exact: np.ndarray, quantized: np.ndarray, limit: float) -> Quality:
+    """Hold the quantized reference against the float32 model.
+
+    exact, quantized: float32 [len(tokens), vocab]; limit: largest mean KL divergence in nats
+    """
+    following = np.array(tokens[1:])
+    rows = np.arange(len(following))
+
+    def perplexity(logits: np.ndarray) -> float:
+        return float(np.exp(-log_softmax(logits[:-1])[rows, following].mean()))
+
+    divergence = float(kl_divergence(exact, quantized).mean())
+    agreement = float((exact.argmax(-1) == quantized.argmax(-1)).mean())
+    return Quality(len(tokens), perplexity(exact), perplexity(quantized), divergence, agreement, divergence <= limit)
+
+
+def read_tasks(bundle: Bundle) -> list[dict[str, Any]]:
+    """The prompts that the checkpoint ships, each with `task`, `messages` and `answer`; none where it ships none."""
+    path = bundle.directory / TASKS
+    if not path.is_file():
+        return []
+    try:
+        tasks = json.loads(path.read_text())
+        return [{"task": str(t["task"]), "messages": t["messages"], "answer": str(t["answer"])} for t in tasks]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path}: malformed ({error})") from None
+
+
+def right_answers(session: Session, bundle: Bundle, tasks: Sequence[dict[str, Any]],
+                  done: Callable[[], None] = lambda: None) -> dict[str, list[bool]]:
+    """Which prompts a session answers exactly under greedy decoding, task by task."""
+    tokenizer = bundle.tokenizer()
+    right: dict[str, list[bool]] = defaultdict(list)
+    for task in tasks:
+        session.reset()
+        room = len(tokenizer.encode(task["answer"], special=False)) + 1
+        answer = generate(session, tokenizer.chat(task["messages"]), max_tokens=room,
+                          stop=bundle.manifest.config.eos_token_ids)
+        right[task["task"]].append(tokenizer.decode(list(answer)) == task["answer"])
+        done()
+    return dict(right)
+
+
+def compare_tasks(exact: dict[str, list[bool]], artifact: dict[str, list[bool]], drop: float) -> list[TaskAccuracy]:
+    """Accuracy of both, task by task; passed where the artifact loses at most `drop`."""
+    rows = []
+    for task, answers in exact.items():
+        float_accuracy, accuracy = float(np.mean(answers)), float(np.mean(artifact[task]))
+        rows.append(TaskAccuracy(task, len(answers), float_accuracy, accuracy, float_accuracy - accuracy <= drop))
+    return rows

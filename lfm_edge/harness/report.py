@@ -1,0 +1,115 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.table import Table
+
+from lfm_edge.bundle import Bundle
+from lfm_edge.harness.speed import Benchmark, Spread
+from lfm_edge.harness.verify import Verification
+
+
+def megabytes(count: int) -> str:
+    """Bytes in MB (10**6)."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def verification_tables(result: Verification) -> list[Table]:
+    """What `verify` shows."""
+    parity = Table("phase", "positions", "logit error / spread", "KL (nats)", "top-1", "", title=f"{result.target}: "
+                   "artifact against the quantized reference", title_justify="left")
+    for row in result.parity:
+        parity.add_row(row.phase, str(row.positions), f"{row.logit_error:.2e}", f"{row.kl_divergence:.2e}",
+                       f"{row.top1_agreement:.1%}", _verdict(row.passed))
+    parity.add_row("greedy answer", str(result.greedy_tokens), "", "", f"{result.greedy_match}/{result.greedy_tokens}",
+                   _verdict(result.greedy_passed))
+    for phase, reason in result.skipped.items():
+        parity.add_row(phase, "-", "", "", "", f"not run: {reason}")
+    cost = result.quality
+    quality = Table("positions", "perplexity float32", "quantized", "KL (nats)", "top-1", "",
+                    title="quantized reference against the float32 model", title_justify="left")
+    quality.add_row(str(cost.positions), f"{cost.float_perplexity:.3f}", f"{cost.perplexity:.3f}",
+                    f"{cost.kl_divergence:.4f}", f"{cost.top1_agreement:.1%}", _verdict(cost.passed))
+    tables = [parity, quality]
+    if result.tasks:
+        tasks = Table("task", "prompts", "float32 model", "artifact", "", title="exact answers", title_justify="left")
+        for task in result.tasks:
+            tasks.add_row(task.task, str(task.prompts), f"{task.float_accuracy:.1%}", f"{task.accuracy:.1%}",
+                          _verdict(task.passed))
+        tables.append(tasks)
+    return tables
+
+
+def benchmark_table(results: list[Benchmark]) -> Table:
+    """What `bench` shows, a column a bundle: medians, with the range of the rounds in brackets."""
+    first = results[0]
+    title = f"{first.threads} threads, {first.prompt_tokens} prompt and {first.generate_tokens} generated tokens"
+    table = Table("", *(f"{result.bundle}\n({result.target})" for result in results), title=title, title_justify="left")
+    rows: list[tuple[str, Callable[[Benchmark], str]]] = [
+        ("load", lambda r: _spread(r.load_s, 2, "s")),
+        ("first token, cold", lambda r: _spread(r.first_token_s, 2, "s")),
+        ("prefill", lambda r: _spread(r.prefill_tps, 1, "tok/s")),
+        ("decode", lambda r: _spread(r.decode_tps, 1, "tok/s")),
+        ("artifact", lambda r: megabytes(r.artifact_bytes)),
+        ("state, of it in memory what is filled", lambda r: megabytes(r.state_bytes)),
+        ("peak memory above an empty process", lambda r: megabytes(r.peak_bytes)),
+        ("  anonymous, at the end", lambda r: megabytes(r.anonymous_bytes)),
+        ("  file-backed, at the end", lambda r: megabytes(r.file_backed_bytes)),
+        (f"budget {megabytes(first.budget_bytes)}", _budget),
+    ]
+    for name, value in rows:
+        table.add_row(name, *(value(result) for result in results))
+    return table
+
+
+def _budget(result: Benchmark) -> str:
+    over = result.peak_bytes - result.budget_bytes
+    return "[green]within[/]" if over <= 0 else f"[red]over[/] by {megabytes(over)}"
+
+
+def bundle_table(bundle: Bundle) -> Table:
+    """What `inspect` shows."""
+    manifest, config = bundle.manifest, bundle.manifest.config
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    recipe = manifest.recipe.to_dict()
+    rows = [
+        ("target", f"{manifest.target}: {bundle.target.runs_on}"),
+        ("checkpoint", f"{manifest.source} (SHA-256 {manifest.source_sha256[:16]}...), licence: {manifest.licence}"),
+        ("model", f"{config.num_parameters / 1e6:,.2f} M parameters, hidden {config.hidden_size}, vocabulary "
+                  f"{config.vocab_size}; {len(config.conv_layers)} conv layers of {config.conv_taps} taps, "
+                  f"{len(config.attention_layers)} attention layers"),
+        ("weights", f"linear layers {_scheme(recipe['body'])}; embedding and head {_scheme(recipe['head'])}; "
+                    f"activations {recipe['activations']}"),
+        ("state", f"{manifest.state_mode}, context {manifest.state.context}: "
+                  f"KV {megabytes(manifest.state.nbytes_of(conv=False))}, "
+                  f"conv {megabytes(manifest.state.nbytes_of(conv=True))}"),
+        ("step", f"up to {manifest.prefill_chunk} tokens"),
+        *(_lowering_rows(manifest.lowering)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        *((f"file {name}", megabytes(entry["bytes"])) for name, entry in manifest.files.items()),
+    ]
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/]", value)
+    return table
+
+
+def _lowering_rows(lowering: dict) -> list[tuple[str, str]]:
+    if not lowering:
+        return []
+    portable = ", ".join(f"{name} x{count}" for name, count in lowering["portable"].items())
+    return [("delegates", str(lowering["delegates"])), ("left portable", portable)]
+
+
+def _scheme(entry: dict) -> str:
+    group = entry["group_size"]
+    return f"int{entry['bits']} " + ("per channel" if group == "channel" else f"in groups of {group}")
+
+
+def _spread(spread: Spread, digits: int, unit: str) -> str:
+    return f"{spread.median:,.{digits}f} {unit} ({spread.low:,.{digits}f} to {spread.high:,.{digits}f})"
+
+
+def _verdict(passed: bool) -> str:
+    return "[green]ok[/]" if passed else "[red]FAILED[/]"

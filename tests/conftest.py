@@ -1,0 +1,19 @@
+"""What several test files share."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.helpers import TINY
+
+# The same examples on every run, and no verdict that depends on how busy the machine is.
+settings.register_profile("steady", derandomize=True, deadline=None, database=None,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """The trained toy checkpoint as an `android-q4` bundle. Read-only: copy its directory to change something."""
+    from lfm_edge import export
+
+    return export(TINY, target="android-q4", output=tmp_path_factory.mktemp("tiny") / "bundle", context=1024)

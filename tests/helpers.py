@@ -1,0 +1,114 @@
+"""Checkpoints to test with, written by transformers, the independent implementation of the model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Lfm2Config, Lfm2ForCausalLM
+
+from lfm_edge.bundle import Manifest
+from lfm_edge.config import ModelConfig
+from lfm_edge.quantization.recipe import recipe
+from lfm_edge.state import StateSpec
+from lfm_edge.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
+
+REPO = Path(__file__).parent.parent
+TINY = REPO / "examples/tiny-model/checkpoint"
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "block_auto_adjust_ff_dim": False,
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    "num_attention_heads": 4, "num_key_value_heads": 2, "conv_L_cache": 3, "conv_bias": False,
+    "tie_word_embeddings": True, "max_position_embeddings": 4096,
+    "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0,
+}
+
+# Configurations that a hard-coded assumption breaks on. All widths are multiples of 32.
+AWKWARD: dict[str, dict[str, Any]] = {
+    "one conv tap": {"conv_L_cache": 1},
+    "five conv taps": {"conv_L_cache": 5},
+    "conv bias": {"conv_bias": True},
+    "untied head": {"tie_word_embeddings": False},
+    "attention first": {"layer_types": ["full_attention", "conv", "conv"]},
+    "attention last": {"layer_types": ["conv", "conv", "full_attention"]},
+    "conv only": {"layer_types": ["conv", "conv", "conv"]},
+    "attention only": {"layer_types": ["full_attention", "full_attention"]},
+    "one conv layer": {"layer_types": ["conv"]},
+    "odd vocabulary": {"vocab_size": 333},
+    "one key head per query head": {"num_key_value_heads": 4},
+    "one key head for all": {"num_key_value_heads": 1},
+    "wide feed-forward, one head": {"intermediate_size": 288, "num_attention_heads": 1, "num_key_value_heads": 1},
+    "untied odd vocabulary, conv bias, four taps": {
+        "vocab_size": 301, "tie_word_embeddings": False, "conv_bias": True, "conv_L_cache": 4,
+        "layer_types": ["full_attention", "conv", "full_attention"]},
+    "another rope base and norm epsilon": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "norm_eps": 1e-3},
+}
+
+
+def hf_config(**overrides: Any) -> Lfm2Config:
+    """transformers' config of a small model: 4 layers, 64 wide, 300 tokens."""
+    values = _SMALL | overrides
+    return Lfm2Config(**values, num_hidden_layers=len(values["layer_types"]))
+
+
+def hf_model(*, seed: int = 0, **overrides: Any) -> Lfm2ForCausalLM:
+    """transformers' small model, float32, with seeded weights large enough that every layer moves the logits.
+
+    transformers 5.23 runs a model without attention layers with `use_cache=False` only.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = Lfm2ForCausalLM(hf_config(**overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.1 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            else:  # the embedding is the head's weight as well, so it gets the head's scale
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    return model
+
+
+def save_checkpoint(directory: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str | int | None = None,
+                    tokenizer: bool = True, seed: int = 0, **lfm2_config_overrides: Any) -> Path:
+    """Write `hf_model` with transformers' own `save_pretrained`, sharded by `max_shard_size`.
+
+    tokenizer: write a ChatML tokenizer as well, where the vocabulary is large enough for one
+    """
+    model = hf_model(seed=seed, **lfm2_config_overrides).to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(directory, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    if tokenizer and model.config.vocab_size >= SMALLEST_VOCABULARY:
+        write_chatml_tokenizer(Path(directory), model.config.vocab_size)
+    return Path(directory)
+
+
+def fill_bundle(directory: Path, artifact: bytes = b"not a real program", target: str = "android-q4") -> None:
+    """Write a sealed bundle into `directory` whose artifact no runtime can load."""
+    config = ModelConfig.from_dict(hf_config().to_dict())
+    (directory / "model.pte").write_bytes(artifact)
+    write_chatml_tokenizer(directory, config.vocab_size)
+    Manifest(target=target, artifact="model.pte", state_mode="explicit", prefill_chunk=16, config=config,
+             recipe=recipe(4, 32, 8, True), state=StateSpec.of(config, 64), lowering={}, source="made by a test",
+             source_sha256="0" * 64, licence="none", weights_sha256="0" * 64, versions={"lfm-edge": "0"},
+             ).write(directory)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below `directory`, byte for byte."""
+    return {path.relative_to(directory).as_posix(): path.read_bytes()
+            for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def lfm_edge(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"} | options.pop("env", {})
+    return subprocess.run([sys.executable, "-m", "lfm_edge.cli", *map(str, arguments)], capture_output=True,
+                          text=True, env=environment, timeout=300, check=False, **options)

@@ -1,0 +1,390 @@
+"""Checkpoints: what Hugging Face writes is read lazily; what is damaged or hostile is refused in one line."""
+
+import json
+import os
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.errors import CheckpointError, LfmEdgeError
+from tests.helpers import AWKWARD, hf_model, save_checkpoint
+
+CONV = "model.layers.0.conv.conv.weight"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A checkpoint in one file."""
+    return save_checkpoint(tmp_path_factory.mktemp("published") / "model")
+
+
+@pytest.fixture
+def checkpoint(published, tmp_path):
+    """A copy of it, to damage."""
+    return shutil.copytree(published, tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return save_checkpoint(tmp_path / "sharded", max_shard_size="100KB")
+
+
+def rewrite(directory, change):
+    """Change the tensors of a checkpoint's file, given and taken as a dictionary."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def refusal(directory, error=CheckpointError):
+    """The one line with which opening the checkpoint is refused."""
+    with pytest.raises(error) as raised:
+        open_checkpoint(directory)
+    line = str(raised.value)
+    assert "\n" not in line
+    return line
+
+
+def read_all(checkpoint):
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", AWKWARD.values(), ids=AWKWARD)
+def test_every_weight_is_read_as_transformers_wrote_it(tmp_path, overrides):
+    opened = open_checkpoint(save_checkpoint(tmp_path, tokenizer=False, **overrides))
+    expected = dict(hf_model(**overrides).named_parameters())
+
+    assert set(opened.names) == set(expected)
+    for name, tensor in read_all(opened).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_keep_the_dtype_they_are_stored_in(tmp_path, dtype):
+    opened = open_checkpoint(save_checkpoint(tmp_path, dtype=dtype))
+    expected = dict(hf_model().to(dtype).named_parameters())
+
+    for name, tensor in read_all(opened).items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected[name])
+
+
+def test_shards_and_a_single_file_hold_the_same_model(published, sharded):
+    shards = list(sharded.glob("model-*-of-*.safetensors"))
+    whole, parts = open_checkpoint(published), open_checkpoint(str(sharded))
+
+    assert len(shards) > 2
+    assert not (sharded / "model.safetensors").exists()
+    assert whole.config == parts.config
+    assert whole.names == parts.names
+    assert all(torch.equal(tensor, parts.tensor(name)) for name, tensor in read_all(whole).items())
+
+
+def test_opening_reads_no_tensor(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors[CONV][0].fill_(float("nan")))
+
+    opened = open_checkpoint(checkpoint)
+    opened.tensor("model.layers.0.conv.in_proj.weight")
+
+    with pytest.raises(CheckpointError, match=rf"{CONV} holds NaN or infinite values"):
+        opened.tensor(CONV)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_infinite_weights_are_refused(checkpoint, value):
+    rewrite(checkpoint, lambda tensors: tensors[CONV][-1].fill_(value))
+
+    with pytest.raises(CheckpointError, match=CONV):
+        open_checkpoint(checkpoint).tensor(CONV)
+
+
+def test_a_tied_head_that_is_stored_as_well_is_passed_over(checkpoint):
+    rewrite(checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+
+    assert "lm_head.weight" not in open_checkpoint(checkpoint).names
+
+
+def test_digest_follows_weights_and_config(checkpoint):
+    before = open_checkpoint(checkpoint).digest()
+    assert open_checkpoint(checkpoint).digest() == before
+
+    rewrite(checkpoint, lambda tensors: tensors[CONV][0].add_(1))
+    changed = open_checkpoint(checkpoint).digest()
+    edit_json(checkpoint / "config.json", lambda config: config.update(norm_eps=1e-6))
+
+    assert len({before, changed, open_checkpoint(checkpoint).digest()}) == 3
+
+
+def test_a_home_relative_path_is_found(published, monkeypatch):
+    monkeypatch.setenv("HOME", str(published.parent))
+
+    assert open_checkpoint("~/model").names
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+def test_a_truncated_file_is_refused(checkpoint, keep):
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:keep])
+
+    assert f"{path}: damaged safetensors file" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 100, b"\xff" * 64, (2).to_bytes(8, "little") + b"[]",
+                                     (4).to_bytes(8, "little") + b"null", (10**15).to_bytes(8, "little") + b"{}",
+                                     b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94."])
+def test_a_file_with_a_garbage_header_is_refused(checkpoint, content):
+    (checkpoint / "model.safetensors").write_bytes(content)
+
+    assert "damaged safetensors file" in refusal(checkpoint)
+
+
+def test_a_missing_tensor_is_named(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors.pop(CONV))
+
+    assert f"{CONV} is missing" in refusal(checkpoint)
+
+
+def test_of_many_missing_tensors_the_first_is_named_and_the_rest_counted(checkpoint):
+    edit_json(checkpoint / "config.json", lambda config: config.update(conv_bias=True))
+
+    assert "model.layers.0.conv.in_proj.bias is missing (and 5 more)" in refusal(checkpoint)
+
+
+def test_a_misshaped_tensor_is_told_with_both_shapes(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors.update({CONV: torch.zeros(64, 1, 4)}))
+
+    assert f"{CONV}: expected shape (64, 1, 3), found (64, 1, 4)" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.float64, "F64"), (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"),
+                                         (torch.bool, "BOOL")])
+def test_a_tensor_of_another_dtype_is_refused(checkpoint, dtype, name):
+    rewrite(checkpoint, lambda tensors: tensors.update({CONV: tensors[CONV].to(dtype)}))
+
+    assert f"{CONV} has dtype {name}; expected one of BF16, F16, F32" in refusal(checkpoint)
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors.update({"model.layers.0.adapter.weight": torch.zeros(2)}))
+
+    assert "model.layers.0.adapter.weight is not a tensor of this model" in refusal(checkpoint)
+
+
+def test_weights_of_a_longer_model_are_refused(checkpoint):
+    edit_json(checkpoint / "config.json",
+              lambda config: config.update(num_hidden_layers=3, layer_types=config["layer_types"][:3]))
+
+    assert "does config.json belong to these weights?" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("shard", ["../stolen.safetensors", "/etc/passwd", "sub/model.safetensors", "..",
+                                   "model.safetensors/../../stolen.safetensors", "pytorch_model.bin"])
+def test_an_index_cannot_lead_out_of_the_directory(sharded, shard):
+    shutil.copyfile(next(sharded.glob("model-*.safetensors")), sharded.parent / "stolen.safetensors")
+    edit_json(sharded / INDEX, lambda index: index["weight_map"].update({CONV: shard}))
+
+    assert f"'{shard}' is not a safetensors file of this directory" in refusal(sharded)
+
+
+def test_a_missing_shard_is_named(sharded):
+    shard = max(sharded.glob("model-*.safetensors"))
+    shard.unlink()
+
+    assert f"{shard}: no such file" in refusal(sharded)
+
+
+def test_a_shard_that_does_not_hold_its_tensor_is_refused(sharded):
+    shard = sharded / json.loads((sharded / INDEX).read_text())["weight_map"][CONV]
+    tensors = load_file(shard)
+    del tensors[CONV]
+    save_file(tensors, shard)
+
+    assert f"{CONV} is missing" in refusal(sharded)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', "\x00"])
+def test_a_damaged_index_is_refused(sharded, text):
+    (sharded / INDEX).write_text(text)
+
+    assert INDEX in refusal(sharded)
+
+
+def test_pickled_weights_are_never_read(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    marker = checkpoint / "executed"
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    torch.save({CONV: Payload()}, checkpoint / "pytorch_model.bin")
+
+    assert "model.safetensors: no such file" in refusal(checkpoint)
+    assert not marker.exists()
+
+
+def test_config_is_needed(checkpoint):
+    (checkpoint / "config.json").unlink()
+
+    assert "config.json: no such file" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00", b"[" * 100_000, b"lfm2"])
+def test_config_that_is_no_json_is_refused(checkpoint, content):
+    (checkpoint / "config.json").write_bytes(content)
+
+    assert "config.json: not JSON" in refusal(checkpoint)
+
+
+def test_config_of_another_model_is_refused(checkpoint):
+    edit_json(checkpoint / "config.json", lambda config: config.update(model_type="qwen3"))
+
+    assert "model_type is 'qwen3'" in refusal(checkpoint, LfmEdgeError)
+
+
+# --- where checkpoints come from ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["/no/such/directory", "./missing", "../missing", "missing", "a/b/c", "~/missing"])
+def test_a_path_that_is_not_there_is_refused(model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert "no such directory" in refusal(model)
+
+
+def test_a_file_is_no_checkpoint(published):
+    assert "a checkpoint is a directory" in refusal(published / "model.safetensors")
+
+
+def test_a_hub_id_without_a_network_is_refused_in_one_line(monkeypatch):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nSecond line.\nThird.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+
+    line = refusal("LiquidAI/LFM2.5-1.2B-Instruct")
+    assert line.startswith("LiquidAI/LFM2.5-1.2B-Instruct: cannot be fetched from the hub (Cannot find an appropriate")
+    assert "give a local directory or random:PRESET" in line
+
+
+def test_a_hub_id_fetches_only_what_is_safe_to_read(monkeypatch, published):
+    asked = {}
+
+    def download(repository, allow_patterns):
+        asked.update(repository=repository, patterns=allow_patterns)
+        return str(published)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    opened = open_checkpoint("LiquidAI/LFM2-350M")
+
+    assert opened.source == "LiquidAI/LFM2-350M"
+    assert asked["repository"] == "LiquidAI/LFM2-350M"
+    assert not [pattern for pattern in asked["patterns"] if pattern.endswith((".bin", ".py", ".pt")) or pattern == "*"]
+
+
+# --- tokenizer, chat template, licence ----------------------------------------------------------------------------
+
+
+def test_text_files_are_copied(checkpoint, tmp_path):
+    (checkpoint / "LICENSE").write_text("LFM Open License v1.0")
+    (checkpoint / "modeling_evil.py").write_text("raise SystemExit")
+    target = tmp_path / "bundle"
+    target.mkdir()
+
+    open_checkpoint(checkpoint).copy_text_files(target)
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+        assert (target / name).read_bytes() == (checkpoint / name).read_bytes()
+    assert not (target / "modeling_evil.py").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_makes_no_bundle(checkpoint, tmp_path):
+    (checkpoint / "tokenizer.json").unlink()
+
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        open_checkpoint(checkpoint).copy_text_files(tmp_path)
+
+
+def test_a_template_file_is_embedded_into_the_tokenizer_config(checkpoint, tmp_path):
+    edit_json(checkpoint / "tokenizer_config.json", lambda config: config.pop("chat_template"))
+    (checkpoint / "chat_template.jinja").write_text("{{ 'Grüße' }}")
+
+    open_checkpoint(checkpoint).copy_text_files(tmp_path)
+
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == "{{ 'Grüße' }}"
+    assert "chat_template" not in json.loads((checkpoint / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("embedded", ["{{ 'one' }}", [{"name": "tool_use", "template": "{{ 'other' }}"},
+                                                      {"name": "default", "template": "{{ 'one' }}"}]])
+def test_an_embedded_template_is_written_to_its_file(checkpoint, tmp_path, embedded):
+    (checkpoint / "chat_template.jinja").unlink()
+    edit_json(checkpoint / "tokenizer_config.json", lambda config: config.update(chat_template=embedded))
+
+    open_checkpoint(checkpoint).copy_text_files(tmp_path)
+
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ 'one' }}"
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == embedded
+
+
+def test_a_template_without_a_tokenizer_config_gets_one(checkpoint, tmp_path):
+    (checkpoint / "tokenizer_config.json").unlink()
+
+    open_checkpoint(checkpoint).copy_text_files(tmp_path)
+
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()).keys() == {"chat_template"}
+
+
+def test_a_template_that_is_no_text_is_refused(checkpoint, tmp_path):
+    edit_json(checkpoint / "tokenizer_config.json", lambda config: config.pop("chat_template"))
+    (checkpoint / "chat_template.jinja").write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: not text"):
+        open_checkpoint(checkpoint).copy_text_files(tmp_path)
+
+
+def test_a_base_model_without_a_template_stays_without_one(checkpoint, tmp_path):
+    (checkpoint / "chat_template.jinja").unlink()
+    edit_json(checkpoint / "tokenizer_config.json", lambda config: config.pop("chat_template"))
+
+    open_checkpoint(checkpoint).copy_text_files(tmp_path)
+
+    assert not (tmp_path / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("card, licence", [
+    (None, "unknown"),
+    ("---\nlicense: other\nlicense_name: lfm1.0\nlicense_link: LICENSE\n---\n# LFM2", "lfm1.0"),
+    ("---\nlanguage:\n- en\nlicense: other\n---\n", "other"),
+    ('---\nlicense: "apache-2.0"\n---\n', "apache-2.0"),
+    ("---\nlanguage: en\n---\nlicense: mit\n", "unknown"),
+    ("# A card without front matter\nlicense: mit\n", "unknown"),
+    ("", "unknown"),
+])
+def test_the_licence_comes_from_the_front_matter_of_the_card(checkpoint, card, licence):
+    (checkpoint / "README.md").unlink(missing_ok=True)
+    if card is not None:
+        (checkpoint / "README.md").write_text(card)
+
+    assert open_checkpoint(checkpoint).licence == licence
