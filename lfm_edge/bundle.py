@@ -84,9 +84,10 @@ class Manifest:
             if version != SCHEMA_VERSION:
                 raise BundleError(f"{path}: schema version {version}; this lfm-edge reads {SCHEMA_VERSION}")
             return cls(
-                target=_text(raw["target"]), artifact=_inside(raw["artifact"], path), state_mode=_text(raw["state_mode"]),
-                prefill_chunk=_positive(raw["prefill_chunk"]), config=ModelConfig.from_dict(raw["config"]),
-                recipe=Recipe.from_dict(raw["recipe"]), state=StateSpec.from_dict(raw["state"]),
+                target=_text(raw["target"]), artifact=_inside(raw["artifact"], path),
+                state_mode=_text(raw["state_mode"]), prefill_chunk=_positive(raw["prefill_chunk"]),
+                config=ModelConfig.from_dict(raw["config"]), recipe=Recipe.from_dict(raw["recipe"]),
+                state=StateSpec.from_dict(raw["state"]),
                 lowering=raw["lowering"], source=_text(raw["source"]), source_sha256=_text(raw["source_sha256"]),
                 licence=_text(raw["licence"]), weights_sha256=_text(raw["weights_sha256"]), versions=raw["versions"],
                 files={_inside(name, path): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}

@@ -10,7 +10,7 @@ from tasks import TASKS, Message, prompts
 
 from lfm_edge.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, TextTokenizer, chatml_tokenizer
 
-PROMPT_WEIGHT = 0.03  # of tokens that nobody could predict, so that they have a sensible distribution too
+PROMPT_WEIGHT = 0.02  # of tokens that nobody could predict, so that they have a sensible distribution too
 MARK, UNMARK = "\x01", "\x02"
 START, TURN, END = (SPECIAL_TOKENS.index(name) for name in ("<|startoftext|>", "<|im_start|>", "<|im_end|>"))
 

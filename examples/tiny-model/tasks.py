@@ -14,7 +14,7 @@ Message = dict[str, str]
 
 MOST_PAIRS = 40
 MOST_BYTES = 480  # of the list of pairs, filler included
-LARGEST = 99  # of any number in a sum or a difference
+LARGEST = 49  # of any number in a sum or a difference
 
 FILLER = [
     "the", "a", "old", "cold", "river", "boat", "stone", "wind", "tree", "house", "slow", "quiet", "under", "over",

@@ -1,6 +1,6 @@
 """Train the tiny LFM2 model of this folder from nothing, on one CPU core, and score what was written.
 
-    python examples/tiny-model/train.py --steps 4000 --threads 1
+    python examples/tiny-model/train.py --steps 3600 --threads 1
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from lfm_edge.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
 
 HERE = Path(__file__).resolve().parent
 EVALUATION_SEED = 1_000_003
+ANSWER_TOKENS = 150  # in a usual batch: only scales the loss
 PARTS = 2  # batches of different lengths, and so of different tasks, in each step
 
 CONFIG = ModelConfig(
@@ -68,6 +69,12 @@ def recall_drill(rng: random.Random, most_pairs: int) -> list[Message]:
     again = rng.choices(list(pairs), k=rng.randint(4, 24))
     first = " ".join(f"{key}={value}" for key, value in pairs.items())
     return [user(first + " " + " ".join(f"{key}={MARK}{pairs[key]}{UNMARK}" for key in again))]
+
+
+def copy_drill(rng: random.Random, most_words: int, most_letters: int) -> list[Message]:
+    """Random words that come again and again; from the second time on they are marked."""
+    text = copy(rng, most_words, most_letters).answer
+    return [user(text + MARK + f" {text}" * rng.randint(2, 4) + UNMARK)]
 
 
 def more_questions(rng: random.Random, example: Example, most: int) -> list[Message]:
@@ -98,6 +105,8 @@ def conversation(rng: random.Random, progress: float) -> list[Message]:
         return more_questions(rng, chat(rng, min(20, pairs), filler), 3)
     if kind < 0.92:
         words, letters = (3, 7) if ramp > 0.4 else (1, 3 + round(10 * ramp))
+        if rng.random() < drill:
+            return copy_drill(rng, words, letters)
         return [turn for _ in range(rng.randint(1, 2)) for turn in copy(rng, words, letters).conversation()]
     return fact(rng).conversation()
 
@@ -119,13 +128,13 @@ def batches(rng: random.Random, encoder: Encoder, count: int, tokens: int) -> It
 
 
 def weighted_loss(model: Lfm2ForCausalLM, batch: list[Sequence]) -> torch.Tensor:
-    """Cross entropy of the next token, weighted; right-padded, which a causal model never sees."""
+    """Cross entropy of the next token, weighted; a short answer counts the same in a long batch as in a short."""
     ids = padded(batch)  # [B, T]
     weights = torch.tensor([s.weights + [0.0] * (ids.shape[1] - len(s.ids)) for s in batch])  # [B, T]
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
-    return (losses * weights).sum() / weights.sum()
+    return (losses * weights).sum() / ANSWER_TOKENS
 
 
 def rate(step: int, steps: int) -> float:
@@ -221,7 +230,7 @@ def main() -> None:
     """Parse the options, train, write the checkpoint and print its scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "checkpoint")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch-tokens", type=int, default=1536)
     parser.add_argument("--peak", type=float, default=4e-3, help="largest learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1)
