@@ -31,13 +31,17 @@ from torch.export._remove_auto_functionalized_pass import unsafe_remove_auto_fun
 from torch.export.graph_signature import OutputKind
 from torch.nn import functional as F
 
+from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.decoder import Decoder
 from lfm_edge.model.lowering import Lowering, Weight, frozen, quantize_rows
+from lfm_edge.model.weights import Weights
+from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
 
 ARTIFACT = "model.pte"
+SPLIT_IN_3 = "conv.in_proj.weight"  # the one projection that the network asks for in parts
 
 _quantized = torch.ops.quantized_decomposed
 
@@ -69,6 +73,42 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
         compiled.write_to_file(file)
     usage = _INTERNAL_USAGE if internal else _EXPLICIT_USAGE
     return Artifact(ARTIFACT, _delegation(compiled.exported_program()), usage)
+
+
+def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
+    """Every quantized weight, by name, as its bytes must stand in `model.pte`: codes and scales apart.
+
+    `verify` looks each of them up in the artifact: the integers there are the quantizer's, bit for bit.
+    """
+    for name, weight in weights.items():
+        if not isinstance(weight, QuantizedTensor):
+            continue
+        is_table = name == EMBEDDING
+        if is_table:
+            packed = QuantizedEmbedding(weight)
+            yield f"{name}: codes", _bytes(packed.ints)
+            yield f"{name}: scales", _bytes(packed.scales)
+        if not is_table or config.tie_embedding:
+            for part in _rows_apart(weight, 3) if name.endswith(SPLIT_IN_3) else (weight,):
+                yield f"{name}: codes", _bytes(_low_nibble_first(part.ints) if part.bits == 4 else part.ints)
+                yield f"{name}: scales", _bytes(part.scales.bfloat16() if part.bits == 4 else part.scales)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _low_nibble_first(ints: Tensor) -> Tensor:
+    """XNNPACK's int4 weights: codes plus 8, the even column in the low half of a byte."""
+    codes = (ints + 8).to(torch.uint8)
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def _rows_apart(weight: QuantizedTensor, parts: int) -> list[QuantizedTensor]:
+    """The weights of the single outputs of a `split_linear`, each with memory of its own."""
+    # XNNPACK's serializer writes the whole storage of a tensor: a view would drag its neighbours along.
+    return [QuantizedTensor(ints.clone(), scales.clone(), weight.bits)
+            for ints, scales in zip(weight.ints.chunk(parts), weight.scales.chunk(parts), strict=True)]
 
 
 class XnnpackLowering(Lowering):
@@ -131,12 +171,9 @@ class SeparateLinears(nn.Module):
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None, parts: int) -> None:
         super().__init__()
-        rows = weight.shape[0] // parts
-        cuts = [slice(start, start + rows) for start in range(0, parts * rows, rows)]
+        biases = [None] * parts if bias is None else [part.clone() for part in bias.chunk(parts)]
         self.parts = nn.ModuleList(
-            QuantizedLinear(QuantizedTensor(weight.ints[cut], weight.scales[cut], weight.bits),
-                            None if bias is None else bias[cut])
-            for cut in cuts)
+            QuantizedLinear(part, bias) for part, bias in zip(_rows_apart(weight, parts), biases, strict=True))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: float32 [..., cols] -> one tensor per part, float32 [..., rows / parts]"""

@@ -17,14 +17,15 @@ class Thresholds:
 
     logit_error: largest |artifact - quantized reference| of a phase, in units of the logits' standard deviation
     kl_divergence: largest KL(reference || artifact) of one position, in nats
-    top1_agreement: share of positions whose best token is the same
+    noise_factor: where the model's own noise floor (the reference against itself with one float32 rounding of
+        noise) is higher than these two, this multiple of the floor takes their place
     quality_kl: mean KL(float32 || quantized reference) in nats: what quantization may cost
     task_drop: how much task accuracy quantization may lose, where the checkpoint ships tasks
     """
 
     logit_error: float
     kl_divergence: float
-    top1_agreement: float
+    noise_factor: float
     quality_kl: float
     task_drop: float
 
@@ -75,10 +76,11 @@ class Target:
 
 
 # XNNPACK rounds activations exactly as the reference does, so what is left is the order of float32 sums: 1e-6 of
-# the logits' spread on small models. Now and then such a difference tips one activation over a rounding boundary,
-# one 255th of its row's range; docs/verification.md shows how often, and what that makes of the logits at
-# 1.2B. A flipped weight block or a stale conv state lies far above.
-_XNNPACK_PARITY = {"logit_error": 0.05, "kl_divergence": 1e-3, "top1_agreement": 0.97}
+# the logits' spread on small models, 1e-3 is far above it and far below a flipped weight block or a stale conv
+# state. In wide and deep models such a difference tips some activation over a rounding boundary, then, layer by
+# layer, ever more of them: the floor is then the 8-bit noise itself, and three times it the most that two
+# draws of the same noise were seen to differ (docs/verification.md).
+_XNNPACK_PARITY = {"logit_error": 1e-3, "kl_divergence": 1e-6, "noise_factor": 3.0}
 
 _EXECUTORCH = {
     "module": "executorch", "requires": "executorch", "int8_activations": True, "kv_dtypes": ("float32", "int8"),
@@ -91,7 +93,7 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
     Target("android-q4", bits=4, weights="int4 groups, int8 head, int8 dynamic activations",
            thresholds=Thresholds(**_XNNPACK_PARITY, quality_kl=0.5, task_drop=0.05), **_EXECUTORCH),
     Target("android-q8", bits=8, weights="int8 per channel, int8 dynamic activations",
-           thresholds=Thresholds(**_XNNPACK_PARITY, quality_kl=0.1, task_drop=0.01), **_EXECUTORCH),
+           thresholds=Thresholds(**_XNNPACK_PARITY, quality_kl=0.1, task_drop=0.02), **_EXECUTORCH),
 )}
 
 

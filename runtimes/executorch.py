@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
 import torch
+from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.extension.pybindings import portable_lib
 
 from lfm_edge.bundle import Bundle
@@ -24,6 +26,7 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
             if threads is not None:
                 portable_lib._unsafe_reset_threadpool(threads)
             program = portable_lib._load_for_executorch(str(bundle.artifact))
+            program.method_meta("forward")  # loading is lazy: this is where a damaged file shows
     except RuntimeError as error:
         raise BundleError(f"{bundle.artifact}: ExecuTorch cannot load it ({error})") from None
     manifest = bundle.manifest
@@ -31,6 +34,17 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     session = kind(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
     session.program = program
     return session
+
+
+def stored_constants(bundle: Bundle) -> set[bytes]:
+    """SHA-256 of every constant in the bundle's program, of the delegates and of the operators outside them."""
+    try:
+        program = deserialize_pte_binary(bundle.artifact.read_bytes())
+    except Exception as error:  # flatbuffers and struct raise what they like on damaged files
+        raise BundleError(f"{bundle.artifact}: not a readable ExecuTorch program ({error})") from None
+    named = program.named_data.buffers if program.named_data else []
+    constants = [buffer.storage for buffer in program.program.constant_buffer]
+    return {hashlib.sha256(data).digest() for data in (*named, *constants)}
 
 
 class ExecutorchSession(Session):

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.config import ModelConfig
 from lfm_edge.model.decoder import Decoder
-from lfm_edge.model.lowering import Lowering
+from lfm_edge.model.lowering import Linear, Lowering
 from lfm_edge.model.weights import Weights
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import StateSpec
 
+_ROUNDING = 2.0 ** -21  # a few float32 roundings: what sums of some hundred terms differ by
 _SCORED_AT_ONCE = 64  # positions whose logits over the whole vocabulary are held at once
 
 
@@ -31,6 +33,22 @@ class ReferenceSession(Session):
                  int8_activations: bool = False, chunk: int | None = None) -> None:
         super().__init__(spec, config.vocab_size, chunk or spec.context)
         self.decoder = Decoder(config, weights, spec, Lowering(int8_activations))
+
+    def jitter(self, seed: int) -> None:
+        """From now on, disturb the input of every linear layer as much as another order of float32 sums would.
+
+        What that does to the logits is the model's own noise floor: no two correct implementations can be
+        expected to agree more closely.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def disturb(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            x, = inputs
+            return (x * (1.0 + _ROUNDING * torch.randn(x.shape, generator=generator)),)
+
+        for module in self.decoder.modules():
+            if isinstance(module, Linear):
+                module.register_forward_pre_hook(disturb)
 
     def _step(self, tokens: list[int]) -> Logits:
         with torch.no_grad():

@@ -8,8 +8,7 @@ the order of float32 sums, and a tight tolerance catches whatever else is wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,11 +33,43 @@ class Agreement:
     logit_error: float
     kl_divergence: float
     top1_agreement: float
-    passed: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def within(self, limits: Limits) -> bool:
+        """Whether the logits are as close as they must be. (NaN is not.)"""
+        return self.logit_error <= limits.logit_error and self.kl_divergence <= limits.kl_divergence
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How close the logits of an artifact must be, in the units of `Agreement`."""
+
+    logit_error: float
+    kl_divergence: float
+
+    @classmethod
+    def of(cls, thresholds: Thresholds, floor: Sequence[Agreement]) -> Limits:
+        """The target's thresholds, or a multiple of the model's noise floor where that is higher."""
+        factor = thresholds.noise_factor
+        return cls(max(thresholds.logit_error, *(factor * row.logit_error for row in floor)),
+                   max(thresholds.kl_divergence, *(factor * row.kl_divergence for row in floor)))
+
+
+@dataclass(frozen=True)
+class GreedyAgreement:
+    """How an artifact's greedy answer looks to the reference, which is led along the same tokens.
+
+    exact: tokens that are the reference's best; ties: others whose logit is closer to the best one than two
+    logits within the limit can be told apart
+    """
+
+    tokens: int
+    exact: int
+    ties: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every token is one of both."""
+        return self.exact + self.ties == self.tokens
 
 
 def log_softmax(logits: Logits) -> np.ndarray:
@@ -53,17 +84,15 @@ def kl_divergence(reference: Logits, other: Logits) -> np.ndarray:
     return (np.exp(p) * (p - q)).sum(-1)
 
 
-def compare(phase: str, artifact: Steps, reference: Steps, thresholds: Thresholds) -> Agreement:
+def compare(phase: str, artifact: Steps, reference: Steps) -> Agreement:
     """Hold the logits of one phase against the reference's."""
     ours, theirs = np.stack(artifact), np.stack(reference)  # [positions, vocab]
     if not np.isfinite(ours).all():
-        return Agreement(phase, len(ours), float("inf"), float("inf"), 0.0, False)
+        return Agreement(phase, len(ours), float("inf"), float("inf"), 0.0)
     error = float((np.abs(ours - theirs).max(-1) / theirs.std(-1)).max())
     divergence = float(max(kl_divergence(theirs, ours).max(), 0.0))
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
-    passed = (error <= thresholds.logit_error and divergence <= thresholds.kl_divergence
-              and agreement >= thresholds.top1_agreement)
-    return Agreement(phase, len(ours), error, divergence, agreement, passed)
+    return Agreement(phase, len(ours), error, divergence, agreement)
 
 
 def full_prefill(session: Session, tokens: Sequence[int]) -> Steps:
@@ -125,6 +154,20 @@ def greedy_tokens(session: Session, prompt: Sequence[int], count: int) -> list[i
     """What a session answers under greedy decoding, from a fresh state."""
     session.reset()
     return list(generate(session, prompt, max_tokens=count))
+
+
+def follow(reference: Session, prompt: Sequence[int], answer: Sequence[int]) -> Steps:
+    """Lead the reference along an answer; the logits from which it would have chosen each token."""
+    reference.reset()
+    return [reference.prefill(prompt), *(reference.decode(token) for token in answer[:-1])]
+
+
+def judge_greedy(answer: Sequence[int], reference: Steps, limits: Limits) -> GreedyAgreement:
+    """Whether the reference, led along a greedy answer, would have chosen the same tokens."""
+    short = [(logits.max() - logits[token]) / logits.std() for token, logits in zip(answer, reference, strict=True)]
+    exact = sum(bool(gap == 0) for gap in short)
+    within = sum(bool(gap <= 2 * limits.logit_error) for gap in short)
+    return GreedyAgreement(len(answer), exact, within - exact)
 
 
 def _prompt_length(tokens: Sequence[int]) -> int:

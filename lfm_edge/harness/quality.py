@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,6 @@ class Quality:
     top1_agreement: float
     passed: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class TaskAccuracy:
@@ -52,10 +48,6 @@ class TaskAccuracy:
     float_accuracy: float
     accuracy: float
     passed: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def compare(tokens: Sequence[int], exact: np.ndarray, quantized: np.ndarray, limit: float) -> Quality:

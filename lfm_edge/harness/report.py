@@ -18,15 +18,20 @@ def megabytes(count: int) -> str:
 
 def verification_tables(result: Verification) -> list[Table]:
     """What `verify` shows."""
-    parity = Table("phase", "positions", "logit error / spread", "KL (nats)", "top-1", "", title=f"{result.target}: "
-                   "artifact against the quantized reference", title_justify="left")
-    for row in result.parity:
-        parity.add_row(row.phase, str(row.positions), f"{row.logit_error:.2e}", f"{row.kl_divergence:.2e}",
-                       f"{row.top1_agreement:.1%}", _verdict(row.passed))
-    parity.add_row("greedy answer", str(result.greedy_tokens), "", "", f"{result.greedy_match}/{result.greedy_tokens}",
-                   _verdict(result.greedy_passed))
+    parity = Table("phase", "positions", "logit error", "KL (nats)", "top-1", "noise floor", "", title_justify="left",
+                   title=f"{result.target}: artifact against the quantized reference")
+    for row, floor in zip(result.parity, result.floor, strict=True):
+        parity.add_row(row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{row.kl_divergence:.1e}",
+                       f"{row.top1_agreement:.1%}", f"{floor.logit_error:.1e}", _verdict(row.within(result.limits)))
+    greedy = result.greedy
+    parity.add_row("greedy answer", str(greedy.tokens), "", "", f"{greedy.exact}, {greedy.ties} tied", "",
+                   _verdict(greedy.passed))
+    parity.add_row("limit", "", f"{result.limits.logit_error:.1e}", f"{result.limits.kl_divergence:.1e}", "", "", "")
     for phase, reason in result.skipped.items():
-        parity.add_row(phase, "-", "", "", "", f"not run: {reason}")
+        parity.add_row(phase, "-", "", "", "", "", f"not run: {reason}")
+    weights = result.weights
+    parity.add_row("weights", f"{weights.blobs} blobs", "", "", "same bits" if weights.passed else
+                   f"{len(weights.missing)} differ: {weights.missing[0]}", "", _verdict(weights.passed))
     cost = result.quality
     quality = Table("positions", "perplexity float32", "quantized", "KL (nats)", "top-1", "",
                     title="quantized reference against the float32 model", title_justify="left")

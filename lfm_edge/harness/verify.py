@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from lfm_edge.harness.sample import sample_tokens
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.session import Session
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import reference_runtime
 
@@ -22,38 +22,55 @@ GREEDY_TOKENS = 24
 
 
 @dataclass(frozen=True)
+class WeightCheck:
+    """Whether the artifact holds the quantizer's integers and scales, bit for bit.
+
+    blobs: packed codes and scales that were looked up; missing: those that the artifact does not have
+    """
+
+    blobs: int
+    missing: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all are there."""
+        return not self.missing
+
+
+@dataclass(frozen=True)
 class Verification:
     """What `verify` found.
 
-    greedy_match: tokens of a greedy answer that artifact and quantized reference share, of `greedy_tokens`
+    floor: the quantized reference against itself with one float32 rounding of noise, phase by phase
+    limits: what the parity rows must keep to, from the target's thresholds and the floor
     skipped: phases that this bundle does not allow, with the reason
     """
 
     target: str
+    weights: WeightCheck
     parity: list[parity.Agreement]
-    greedy_match: int
-    greedy_tokens: int
+    floor: list[parity.Agreement]
+    limits: parity.Limits
+    greedy: parity.GreedyAgreement
     quality: quality.Quality
     tasks: list[quality.TaskAccuracy]
     skipped: dict[str, str]
 
     @property
-    def greedy_passed(self) -> bool:
-        """Whether the artifact answers token by token as the reference does."""
-        return self.greedy_match == self.greedy_tokens
-
-    @property
     def passed(self) -> bool:
-        """Whether everything is within the target's thresholds."""
-        return (all(row.passed for row in (*self.parity, *self.tasks)) and self.quality.passed and self.greedy_passed)
+        """Whether everything is within its limits."""
+        return (self.weights.passed and all(row.within(self.limits) for row in self.parity) and self.greedy.passed
+                and self.quality.passed and all(task.passed for task in self.tasks))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "target": self.target, "passed": self.passed,
-            "parity": [row.to_dict() for row in self.parity],
-            "greedy": {"match": self.greedy_match, "tokens": self.greedy_tokens, "passed": self.greedy_passed},
-            "quality": self.quality.to_dict(), "tasks": [row.to_dict() for row in self.tasks], "skipped": self.skipped,
+            "weights": {**asdict(self.weights), "passed": self.weights.passed}, "limits": asdict(self.limits),
+            "parity": [{**asdict(row), "passed": row.within(self.limits)} for row in self.parity],
+            "noise_floor": [asdict(row) for row in self.floor],
+            "greedy": {**asdict(self.greedy), "passed": self.greedy.passed}, "quality": asdict(self.quality),
+            "tasks": [asdict(task) for task in self.tasks], "skipped": self.skipped,
         }
 
 
@@ -66,7 +83,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     """
     progress = progress or Progress()
     checkpoint = _source(bundle, model)
-    manifest, limits = bundle.manifest, bundle.target.thresholds
+    manifest, thresholds = bundle.manifest, bundle.target.thresholds
     tokens = _tokens(bundle)
     tasks = quality.read_tasks(bundle)
     phases, skipped = _phases(bundle)
@@ -74,32 +91,40 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     progress.stage("run the artifact", len(tasks) or None)
     session = bundle.session(threads)
     ours = parity.run_phases(session, tokens, phases)
-    our_greedy = _greedy(session, tokens)
+    prompt = tokens[:max(1, len(tokens) - GREEDY_TOKENS)][:64]
+    answer = parity.greedy_tokens(session, prompt, min(GREEDY_TOKENS, manifest.state.context - len(prompt)))
     our_answers = quality.right_answers(session, bundle, tasks, progress.advance)
     del session
 
     progress.stage("quantize the reference", len(checkpoint.names))
     weights = quantize_checkpoint(checkpoint, manifest.recipe, lambda _: progress.advance())
     _check_same_weights(bundle, weights)
+    progress.stage("look the weights up in the artifact")
+    found = _check_weights(bundle, weights)
     progress.stage("run the quantized reference")
     torch_runtime = reference_runtime()
     reference = torch_runtime.ReferenceSession(manifest.config, weights, manifest.state,
                                                int8_activations=manifest.recipe.int8_activations)
     del weights
     theirs = parity.run_phases(reference, tokens, phases)
-    their_greedy = _greedy(reference, tokens)
     quantized_logits = reference.score(tokens)
+    followed = parity.follow(reference, prompt, answer)
+    progress.stage("measure its noise floor")
+    reference.jitter(seed=0)
+    disturbed = parity.run_phases(reference, tokens, phases)
     del reference
 
     progress.stage("run the float32 model", len(tasks) or None)
     exact = torch_runtime.ReferenceSession(manifest.config, torch_runtime.float_weights(checkpoint),
                                            StateSpec.of(manifest.config, manifest.state.context))
-    cost = quality.compare(tokens, exact.score(tokens), quantized_logits, limits.quality_kl)
+    cost = quality.compare(tokens, exact.score(tokens), quantized_logits, thresholds.quality_kl)
     answers = quality.right_answers(exact, bundle, tasks, progress.advance)
+    floor = [parity.compare(phase, disturbed[phase], theirs[phase]) for phase in phases]
+    limits = parity.Limits.of(thresholds, floor)
     return Verification(
-        manifest.target, [parity.compare(phase, ours[phase], theirs[phase], limits) for phase in phases],
-        _common_prefix(our_greedy, their_greedy), len(their_greedy), cost,
-        quality.compare_tasks(answers, our_answers, limits.task_drop), skipped)
+        manifest.target, found, [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
+        parity.judge_greedy(answer, followed, limits), cost,
+        quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped)
 
 
 def _source(bundle: Bundle, model: str | Path | None) -> Checkpoint:
@@ -116,6 +141,13 @@ def _check_same_weights(bundle: Bundle, weights: Weights) -> None:
                           f"({bundle.manifest.versions.get('lfm-edge')}); export it again to verify it")
 
 
+def _check_weights(bundle: Bundle, weights: Weights) -> WeightCheck:
+    stored = bundle.target.runtime().stored_constants(bundle)
+    expected = [(name, hashlib.sha256(data).digest())
+                for name, data in bundle.target.exporter().packed_weights(bundle.manifest.config, weights)]
+    return WeightCheck(len(expected), [name for name, digest in expected if digest not in stored])
+
+
 def _tokens(bundle: Bundle) -> list[int]:
     """A text longer than two chunks, as far as the context allows it."""
     manifest = bundle.manifest
@@ -129,17 +161,3 @@ def _phases(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     reason = "the state is inside the program (--state internal): it cannot be snapshotted"
     return ([phase for phase in parity.PHASES if phase not in parity.NEEDS_SNAPSHOT],
             dict.fromkeys(parity.NEEDS_SNAPSHOT, reason))
-
-
-def _greedy(session: Session, tokens: list[int]) -> list[int]:
-    prompt = tokens[:max(1, min(len(tokens), session.spec.context) - GREEDY_TOKENS)][:64]
-    return parity.greedy_tokens(session, prompt, GREEDY_TOKENS)
-
-
-def _common_prefix(ours: list[int], theirs: list[int]) -> int:
-    length = 0
-    for a, b in zip(ours, theirs, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

@@ -10,8 +10,8 @@ from lfm_edge.errors import ExportError
 GROUP_SIZES = (32, 64, 128)
 HEAD_BITS = (4, 8)
 
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Recipe:
         """
         if len(shape) != 2:
             return None
-        scheme = self.head if name in (_EMBEDDING, _HEAD) else self.body
+        scheme = self.head if name in (EMBEDDING, HEAD) else self.body
         if scheme.group_size is not None and shape[1] % scheme.group_size:
             raise ExportError(f"{name}: {shape[1]} columns are not a multiple of the group size {scheme.group_size}")
         return scheme

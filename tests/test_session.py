@@ -1,0 +1,141 @@
+"""Sessions, over the torch runtime: what the interface promises. (test_executorch.py holds the artifact to it.)"""
+
+import numpy as np
+import pytest
+import torch
+
+from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.errors import ContextFull, LfmEdgeError
+from lfm_edge.generation import generate, sample
+from lfm_edge.state import StateSpec
+from runtimes.reference import ReferenceSession, float_weights
+from tests.helpers import save_checkpoint
+
+CONTEXT = 40
+TOKENS = [5, 9, 250, 17, 30, 31, 200, 11, 12, 13]
+
+
+@pytest.fixture(scope="module")
+def make_session(tmp_path_factory):
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path_factory.mktemp("small"), conv_L_cache=4))
+    weights = float_weights(checkpoint)
+
+    def make(kv_dtype="float32", chunk=None):
+        spec = StateSpec.of(checkpoint.config, CONTEXT, kv_dtype)
+        return ReferenceSession(checkpoint.config, weights, spec, chunk=chunk)
+
+    return make
+
+
+@pytest.fixture(params=["float32", "int8"])
+def session(request, make_session):
+    return make_session(request.param)
+
+
+def test_any_split_of_a_prompt_gives_the_same_logits(make_session):
+    whole = make_session().prefill(TOKENS)
+    for chunk in (1, 3, 4):
+        np.testing.assert_allclose(make_session(chunk=chunk).prefill(TOKENS), whole, rtol=1e-4, atol=1e-5)
+    split = make_session()
+    split.prefill(TOKENS[:4])
+    split.prefill(TOKENS[4:9])
+    np.testing.assert_allclose(split.decode(TOKENS[9]), whole, rtol=1e-4, atol=1e-5)
+    assert split.position == len(TOKENS)
+
+
+def test_logits_are_float32_over_the_vocabulary(session):
+    logits = session.prefill(TOKENS)
+    assert logits.dtype == np.float32 and logits.shape == (300,)
+
+
+def test_a_snapshot_brings_back_the_conversation_as_often_as_wanted(session):
+    session.prefill(TOKENS[:6])
+    snapshot = session.snapshot()
+    first = session.prefill(TOKENS[6:])
+    for _ in range(2):
+        session.prefill([1, 2, 3])
+        session.restore(snapshot)
+        assert session.position == 6
+        assert np.array_equal(session.prefill(TOKENS[6:]), first)
+
+
+def test_a_snapshot_forks_into_another_session(make_session):
+    first, second = make_session(), make_session()
+    first.prefill(TOKENS[:6])
+    second.prefill([99, 98])
+    second.restore(first.snapshot())
+    assert np.array_equal(second.decode(7), first.decode(7))
+
+
+def test_a_snapshot_keeps_only_the_filled_rows(make_session):
+    session = make_session()
+    empty = session.snapshot().nbytes
+    session.prefill(TOKENS)
+    assert session.snapshot().nbytes - empty == len(TOKENS) * session.spec.nbytes_of(conv=False) // CONTEXT
+
+
+def test_a_snapshot_of_another_layout_is_refused(make_session):
+    with pytest.raises(LfmEdgeError, match="another model, context or KV type"):
+        make_session("int8").restore(make_session().snapshot())
+
+
+def test_reset_leaves_nothing_of_the_conversation(session):
+    fresh = session.prefill(TOKENS)
+    session.prefill([200, 201, 202])
+    session.reset()
+    assert session.position == 0
+    assert np.array_equal(session.prefill(TOKENS), fresh)
+
+
+def test_a_prompt_of_exactly_the_context_fits_and_one_more_token_does_not(session):
+    session.prefill([4] * CONTEXT)
+    with pytest.raises(ContextFull, match=f"at {CONTEXT} of a context of {CONTEXT}"):
+        session.decode(4)
+    assert session.position == CONTEXT
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_session_unchanged(session):
+    session.prefill(TOKENS)
+    before = session.snapshot()
+    with pytest.raises(ContextFull):
+        session.prefill([4] * (CONTEXT - len(TOKENS) + 1))
+    assert session.position == len(TOKENS)
+    assert all(torch.equal(a, b) for a, b in zip(before.tensors, session.snapshot().tensors, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [[], [300], [-1], [3, 4, 1000]])
+def test_no_tokens_and_unknown_tokens_are_refused(session, tokens):
+    with pytest.raises(LfmEdgeError):
+        session.prefill(tokens)
+    assert session.position == 0
+
+
+def test_greedy_generation_takes_the_best_token_and_stops_when_told(make_session):
+    session = make_session()
+    answer = list(generate(session, TOKENS, max_tokens=8))
+    again = make_session()
+    logits = again.prefill(TOKENS)
+    for token in answer:
+        assert token == int(logits.argmax())
+        logits = again.decode(token)
+    stopped = make_session()
+    assert list(generate(stopped, TOKENS, max_tokens=8, stop=[answer[3]])) == answer[:answer.index(answer[3])]
+
+
+def test_generation_ends_when_the_context_is_full(make_session):
+    session = make_session()
+    answer = list(generate(session, [4] * (CONTEXT - 2), max_tokens=50))
+    assert len(answer) == 3  # two fill the context, and the logits of the second give one more
+    assert session.position == CONTEXT
+
+
+def test_sampling_is_seeded_and_follows_the_temperature():
+    logits = np.array([0.0, 1.0, 2.0], np.float32)
+
+    def draws(temperature, seed):
+        generator = np.random.default_rng(seed)
+        return [sample(logits, temperature, generator) for _ in range(400)]
+
+    assert draws(1.0, 1) == draws(1.0, 1)
+    assert set(draws(0.0, 1)) == {2}
+    assert draws(0.1, 1).count(2) > draws(1.0, 1).count(2) > draws(10.0, 1).count(2)
