@@ -55,7 +55,8 @@ def export(
                      ] = "LiquidAI/LFM2.5-1.2B-Instruct",
     output: Annotated[Path | None, typer.Option(help="Bundle directory to write. [default: MODEL-TARGET]",
                                                 show_default=False)] = None,
-    context: Annotated[int, typer.Option(help="Positions that the KV cache holds.")] = 4096,
+    context: Annotated[int | None, typer.Option(help="Positions that the KV cache holds. [default: 4096, or the "
+                                                     "model's limit if lower]", show_default=False)] = None,
     prefill_chunk: Annotated[int, typer.Option(help="Most tokens that one step takes.")] = 128,
     group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128.")] = 32,
     head_bits: Annotated[int, typer.Option(help="Bits of embedding and head: 8, or 4 for the last megabytes.")] = 8,

@@ -53,14 +53,15 @@ class Artifact:
     usage: str
 
 
-def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int = DEFAULT_CONTEXT,
+def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
            prefill_chunk: int = DEFAULT_PREFILL_CHUNK, group_size: int = 32, head_bits: int = 8,
            kv_dtype: str = "float32", state: str = "explicit", force: bool = False,
            progress: Progress | None = None) -> Bundle:
     """Export a checkpoint to a bundle directory and open it.
 
     model: a local Hugging Face directory, a hub id, or `random:PRESET`
-    context: positions that the KV cache holds; prefill_chunk: most tokens that one step takes
+    context: positions that the KV cache holds; 4096, or the model's own limit where that is lower
+    prefill_chunk: most tokens that one step takes
     group_size: columns that share a 4-bit scale; head_bits: width of embedding and head
     force: replace an existing bundle, once the new one is whole
 
@@ -69,17 +70,21 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     """
     progress = progress or Progress()
     chosen = target_named(target)
+    chosen.check_installed()
     _check_options(chosen, context, prefill_chunk, group_size, head_bits, kv_dtype, state)
-    exporter = chosen.exporter()
     checkpoint = open_checkpoint(model)
-    if context > checkpoint.config.max_position_embeddings:
-        raise ExportError(f"--context {context} is more than the model's {checkpoint.config.max_position_embeddings}")
+    limit = checkpoint.config.max_position_embeddings
+    if context is None:
+        context = min(DEFAULT_CONTEXT, limit)
+    if context > limit:
+        raise ExportError(f"--context {context} is more than the model's {limit}")
     bits = recipe(chosen.bits, group_size, head_bits, chosen.int8_activations)
     layout = StateSpec.of(checkpoint.config, context, kv_dtype)
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
         progress.stage("quantize", len(checkpoint.names))
         weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
+        exporter = chosen.exporter()
         job = ExportJob(checkpoint.config, weights, bits, layout, state, min(prefill_chunk, context))
         artifact = exporter.export(job, directory, progress.stage)
         progress.stage("seal the bundle")
@@ -89,7 +94,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     return Bundle.open(output)
 
 
-def _check_options(target: Target, context: int, prefill_chunk: int, group_size: int, head_bits: int,
+def _check_options(target: Target, context: int | None, prefill_chunk: int, group_size: int, head_bits: int,
                    kv_dtype: str, state: str) -> None:
     """Refuse what the target cannot honour, with the reason."""
     choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
@@ -100,7 +105,7 @@ def _check_options(target: Target, context: int, prefill_chunk: int, group_size:
             raise ExportError(f"{option} {value}: {target.name} takes {' or '.join(map(str, allowed))}")
     if target.bits == 8 and head_bits == 8 and group_size != 32:
         raise ExportError(f"--group-size {group_size}: {target.name} is quantized per channel and has no groups")
-    if context < 2:
+    if context is not None and context < 2:
         raise ExportError(f"--context {context}: a context holds at least 2 tokens")
     if prefill_chunk < 1:
         raise ExportError(f"--prefill-chunk {prefill_chunk}: a step takes at least 1 token")

@@ -64,9 +64,13 @@ class Target:
         """The module with `open_session(bundle, threads)`. Raises ExportError where the backend is missing."""
         return self._load("runtimes")
 
-    def _load(self, package: str) -> ModuleType:
+    def check_installed(self) -> None:
+        """Raises ExportError, with what to install, where the backend's package is missing."""
         if not self.installed:
             raise ExportError(f"{self.name} needs the package {self.requires}: pip install 'lfm-edge[{self.module}]'")
+
+    def _load(self, package: str) -> ModuleType:
+        self.check_installed()
         previous = logging.root.manager.disable
         logging.disable(logging.WARNING)  # backends warn about optional parts of theirs while they are imported
         try:

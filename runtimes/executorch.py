@@ -27,6 +27,7 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
                 portable_lib._unsafe_reset_threadpool(threads)
             program = portable_lib._load_for_executorch(str(bundle.artifact))
             program.method_meta("forward")  # loading is lazy: this is where a damaged file shows
+            portable_lib._threadpool_get_thread_count()  # starts the pool, which prints about the processor
     except RuntimeError as error:
         raise BundleError(f"{bundle.artifact}: ExecuTorch cannot load it ({error})") from None
     manifest = bundle.manifest

@@ -1,5 +1,9 @@
 """What several test files share."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts: see lfm_edge/cli.py
+
 import pytest
 from hypothesis import HealthCheck, settings
 

@@ -87,23 +87,26 @@ def more_questions(rng: random.Random, example: Example, most: int) -> list[Mess
     return turns
 
 
-def conversation(rng: random.Random, progress: float) -> list[Message]:
-    """One training conversation; `progress` from 0 to 1 moves from drills and two pairs to the tasks themselves."""
+def conversation(rng: random.Random, progress: float, sums: float) -> list[Message]:
+    """One training conversation; `progress` from 0 to 1 moves from drills and two pairs to the tasks themselves.
+
+    sums: the share of conversations about arithmetic
+    """
     ramp = min(1.0, progress / 0.5)
     drill = 0.6 - 0.4 * ramp
     pairs, filler = 2 + round((MOST_PAIRS - 2) * ramp ** 2), 0.5 * ramp
-    kind = rng.random()
-    if kind < 0.30:
+    kind = (rng.random() - sums) / (1 - sums)
+    if kind < 0:
         if rng.random() < drill:
             return sum_drill(rng)
         return [turn for _ in range(rng.randint(1, 3)) for turn in arithmetic(rng).conversation()]
-    if kind < 0.58:
+    if kind < 28 / 70:
         if rng.random() < drill:
             return recall_drill(rng, pairs)
         return more_questions(rng, recall(rng, pairs, filler), 4)
-    if kind < 0.76:
+    if kind < 46 / 70:
         return more_questions(rng, chat(rng, min(20, pairs), filler), 3)
-    if kind < 0.92:
+    if kind < 62 / 70:
         words, letters = (3, 7) if ramp > 0.4 else (1, 3 + round(10 * ramp))
         if rng.random() < drill:
             return copy_drill(rng, words, letters)
@@ -111,17 +114,21 @@ def conversation(rng: random.Random, progress: float) -> list[Message]:
     return fact(rng).conversation()
 
 
-def batches(rng: random.Random, encoder: Encoder, count: int, tokens: int) -> Iterator[list[Sequence]]:
-    """`count` batches of about `tokens` tokens, each of sequences of similar length."""
-    done = 0
+def batches(options: argparse.Namespace) -> Iterator[list[Sequence]]:
+    """PARTS batches for each step, each of sequences of similar length."""
+    rng, encoder, done = random.Random(options.seed), Encoder(), 0
+    count, tokens = PARTS * options.steps, options.batch_tokens // PARTS
     while done < count:
-        pool = sorted((encoder(conversation(rng, done / count)) for _ in range(256)), key=lambda s: len(s.ids))
+        progress = max(done / count, 0.5 if options.start else 0.0)
+        made = (encoder(conversation(rng, progress, options.sums)) for _ in range(256))
+        pool = sorted(made, key=lambda s: len(s.ids))
         chunks, chunk = [], []
         for sequence in pool:
             if chunk and (len(chunk) + 1) * len(sequence.ids) > tokens:
                 chunks.append(chunk)
                 chunk = []
             chunk.append(sequence)
+        chunks.append(chunk)
         rng.shuffle(chunks)
         yield from chunks[: count - done]
         done += len(chunks)
@@ -155,12 +162,12 @@ def _is_linear(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim == 2 and "embed" not in name
 
 
-def train(model: Lfm2ForCausalLM, encoder: Encoder, options: argparse.Namespace) -> float:
+def train(model: Lfm2ForCausalLM, options: argparse.Namespace) -> float:
     """Train in place; returns the seconds it took. Every other late step sees weights rounded to int4."""
     optimizers = new_optimizers(model, options)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, options.steps)) for o in optimizers]
     started, shown = time.time(), []
-    data = batches(random.Random(options.seed), encoder, PARTS * options.steps, options.batch_tokens // PARTS)
+    data = batches(options)
     for step in range(options.steps):
         rounded = step > options.rounding_from * options.steps and step % 2 == 1
         with quantized(model, int4_weights if rounded else None):
@@ -230,6 +237,8 @@ def main() -> None:
     """Parse the options, train, write the checkpoint and print its scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from, without the first half's easy drills")
+    parser.add_argument("--sums", type=float, default=0.3, help="share of conversations about arithmetic")
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch-tokens", type=int, default=1536)
     parser.add_argument("--peak", type=float, default=4e-3, help="largest learning rate")
@@ -244,10 +253,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     if not options.score_only:
-        model, encoder = new_model(), Encoder()
+        model = load(options.start).train() if options.start else new_model()
         save(model, options.output)
         check_encoder(options.output)
-        seconds = train(model, encoder, options)
+        seconds = train(model, options)
         save(model, options.output)
         print(f"{CONFIG.num_parameters} parameters, {seconds / 60:.1f} minutes of training")
     report(load(options.output))

@@ -1,0 +1,41 @@
+# Plain pip and venv underneath. `make demo` and `make test` do all the set-up on a fresh machine.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+MODEL ?= examples/tiny-model/checkpoint
+TARGET ?= android-q4
+OUT ?= out
+BUNDLE = $(OUT)/$(subst :,-,$(notdir $(patsubst %/,%,$(MODEL:%/checkpoint=%))))-$(TARGET)
+
+.PHONY: demo test test-heavy lint train-tiny clean
+
+demo: $(VENV)/.installed  ## export MODEL to TARGET, verify it, let it answer, measure it
+	$(BIN)/lfm-edge export --target $(TARGET) --model $(MODEL) --output $(BUNDLE) --force
+	$(BIN)/lfm-edge verify $(BUNDLE)
+	$(BIN)/python examples/python/ask.py $(BUNDLE)
+	$(BIN)/lfm-edge bench $(BUNDLE)
+
+test: $(VENV)/.installed-dev  ## the tests, without the heavy ones
+	$(BIN)/python -m pytest
+
+test-heavy: $(VENV)/.installed-dev  ## the heavy ones: every awkward model and every option, exported
+	$(BIN)/python -m pytest -m heavy
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+train-tiny: $(VENV)/.installed-dev  ## train the small model of examples/tiny-model again
+	PYTHONPATH=. $(BIN)/python examples/tiny-model/train.py
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[all]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[all,dev]'
+	touch $@

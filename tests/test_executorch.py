@@ -1,0 +1,188 @@
+"""The Android artifact: against the quantized reference, and in ExecuTorch's own LLM runner."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lfm_edge import export
+from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.errors import ContextFull, LfmEdgeError
+from lfm_edge.generation import generate
+from lfm_edge.harness.verify import verify
+from lfm_edge.quantization.rounding import quantize_checkpoint
+from runtimes.reference import ReferenceSession
+from tests.helpers import AWKWARD, TINY, save_checkpoint
+
+# Everything that a hard-coded assumption breaks on, in one model: the default run exports this one, the
+# heavy run each of them alone.
+ALL_AT_ONCE = {"vocab_size": 301, "tie_word_embeddings": False, "conv_bias": True, "conv_L_cache": 5,
+               "layer_types": ["full_attention", "conv", "full_attention"], "num_key_value_heads": 1}
+STRICT = 1e-4  # of the logits' spread, where the model's own noise floor is below it
+
+
+def assert_verified(bundle):
+    """Every check of `verify` but quality, with a tighter tolerance than a user's. (Random models have no quality.)"""
+    result = verify(bundle)
+    limit = max(STRICT, *(3 * row.logit_error for row in result.floor))
+    assert result.weights.passed and result.weights.blobs > 0
+    for row in result.parity:
+        assert row.logit_error <= limit, row
+    assert limit < 0.5
+    assert result.greedy.passed
+    return result
+
+
+@pytest.fixture(scope="module")
+def awkward_bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("awkward")
+    return export(save_checkpoint(folder / "model", max_shard_size="100KB", **ALL_AT_ONCE), target="android-q4",
+                  output=folder / "bundle", context=96, prefill_chunk=16, kv_dtype="int8")
+
+
+@pytest.fixture(scope="module")
+def internal_bundle(tmp_path_factory):
+    return export(TINY, target="android-q4", output=tmp_path_factory.mktemp("internal") / "bundle", context=512,
+                  prefill_chunk=64, state="internal")
+
+
+def test_an_awkward_sharded_model_with_int8_kv_is_verified(awkward_bundle):
+    assert_verified(awkward_bundle)
+
+
+def test_prompts_of_one_token_and_of_exactly_the_context(awkward_bundle):
+    checkpoint = open_checkpoint(awkward_bundle.manifest.source)
+    manifest = awkward_bundle.manifest
+    reference = ReferenceSession(checkpoint.config, quantize_checkpoint(checkpoint, manifest.recipe), manifest.state,
+                                 int8_activations=True)
+    session = awkward_bundle.session()
+    for length in (1, manifest.prefill_chunk, manifest.prefill_chunk + 1, manifest.state.context):
+        tokens = [20 + index % 250 for index in range(length)]
+        session.reset()
+        reference.reset()
+        expected = reference.prefill(tokens)
+        assert np.abs(session.prefill(tokens) - expected).max() <= 0.05 * expected.std()
+    with pytest.raises(ContextFull):
+        session.decode(1)
+    assert session.position == manifest.state.context
+
+
+def test_the_state_is_changed_where_it_lies_and_is_no_output(awkward_bundle):
+    session = awkward_bundle.session()
+    before = [tensor.data_ptr() for tensor in session.state]
+    session.prefill([3, 4, 5])
+    assert [tensor.data_ptr() for tensor in session.state] == before
+    assert all(tensor.any() for tensor in session.state)
+    meta = session.program.method_meta("forward")
+    assert meta.num_outputs() == 1
+    assert meta.output_tensor_meta(0).sizes() == (1, 1, 301)
+    keys = session.state[0]
+    assert not keys[:, 3:].any()  # rows past the position are untouched
+
+
+def test_no_operator_copies_a_cache(awkward_bundle):
+    """The only copies are those of the conv states; a cache is written by update_cache alone."""
+    portable = awkward_bundle.manifest.lowering["portable"]
+    assert portable.get("aten::copy_", 0) == len(awkward_bundle.manifest.config.conv_layers)
+    assert portable["llama::update_cache"] == 6 * len(awkward_bundle.manifest.config.attention_layers)
+    assert not any("clone" in name or "copy.out" in name for name in portable)
+
+
+def test_everything_between_two_attention_kernels_is_one_delegate(awkward_bundle):
+    attention = len(awkward_bundle.manifest.config.attention_layers)
+    assert awkward_bundle.manifest.lowering["delegates"] <= attention + 3
+
+
+def test_a_second_session_does_not_share_state_with_the_first(tiny_bundle):
+    first, second = tiny_bundle.session(), tiny_bundle.session()
+    expected = first.prefill([1, 30, 40])
+    second.prefill([90, 91, 92, 93])
+    first.reset()
+    assert np.array_equal(first.prefill([1, 30, 40]), expected)
+
+
+def in_the_runner(bundle, prompts):
+    """What ExecuTorch's TextLLMRunner answers to each (prompt, most tokens), with its `reset()` between them.
+
+    In a process of its own: the runner prints to standard output and aborts on a failed check.
+    """
+    script = f"""
+import json, sys
+import executorch.extension.llm.custom_ops.custom_ops, executorch.kernels.quantized
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+runner = TextLLMRunner({str(bundle.artifact)!r}, {str(bundle.directory / "tokenizer.json")!r})
+answers = []
+for prompt, tokens in {prompts!r}:
+    pieces = []
+    runner.generate(prompt, GenerationConfig(echo=False, max_new_tokens=tokens, temperature=0.0), pieces.append)
+    answers.append("".join(pieces))
+    runner.reset()
+print("\\nANSWERS " + json.dumps(answers))
+"""
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    line = next((line for line in finished.stdout.splitlines() if line.startswith("ANSWERS ")), None)
+    assert line is not None, finished.stderr[-2000:]
+    return json.loads(line.removeprefix("ANSWERS "))
+
+
+def test_the_stock_runner_answers_token_by_token_as_our_session_does_also_after_its_reset(internal_bundle):
+    tokenizer, session = internal_bundle.tokenizer(), internal_bundle.session()
+    question = "<|im_start|>user\n12+30=?<|im_end|>\n<|im_start|>assistant\n"
+    chunk, context = internal_bundle.manifest.prefill_chunk, internal_bundle.manifest.state.context
+    # One token; one chunk exactly, and one more; the longest prompt that the runner itself takes.
+    prompts = [(question, 12), ("a", 12), (question, 12), ("x" * chunk, 12), ("xy" * chunk + "z", 12),
+               ("b" * (context - 1), 1), (question, 12)]
+    answers = in_the_runner(internal_bundle, prompts)
+    stop = internal_bundle.manifest.config.eos_token_ids
+    for (prompt, most), answer in zip(prompts, answers, strict=True):
+        session.reset()
+        tokens = list(generate(session, tokenizer.encode(prompt, special=False), max_tokens=most, stop=stop))
+        assert answer.removesuffix("<|im_end|>") == tokenizer.decode(tokens, skip_special=False), prompt[:20]
+    assert answers[0] == answers[2] == answers[-1]
+
+
+def test_an_internal_state_is_verified_and_says_what_it_cannot_do(internal_bundle):
+    result = assert_verified(internal_bundle)
+    assert set(result.skipped) == {"after restore"}
+    session = internal_bundle.session()
+    for refused in (session.snapshot, lambda: session.restore(None)):
+        with pytest.raises(LfmEdgeError, match="--state explicit"):
+            refused()
+
+
+def test_the_program_has_the_metadata_that_the_runners_ask_for(internal_bundle):
+    program = internal_bundle.session().program
+
+    def constant(name):
+        return program.run_method(name, [])
+
+    assert constant("get_max_seq_len") == [64]
+    assert constant("get_max_context_len") == [512]
+    assert constant("get_vocab_size") == [272]
+    assert constant("get_bos_id") == [1]
+    assert constant("get_eos_ids") == [7]
+    assert constant("use_kv_cache") == constant("use_sdpa_with_kv_cache") == constant("enable_dynamic_shape") == [True]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", list(AWKWARD))
+@pytest.mark.parametrize("options", [{"target": "android-q4"}, {"target": "android-q8", "head_bits": 4}],
+                         ids=["q4", "q8, 4-bit head"])
+def test_awkward_models_are_verified(tmp_path, name, options):
+    source = save_checkpoint(tmp_path / "model", **AWKWARD[name])
+    assert_verified(export(source, output=tmp_path / "bundle", context=64, prefill_chunk=16, **options))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("options", [
+    {"target": "android-q4", "head_bits": 4}, {"target": "android-q8"}, {"target": "android-q8", "kv_dtype": "int8"},
+    {"target": "android-q4", "group_size": 64}, {"target": "android-q4", "group_size": 128, "context": 300},
+    {"target": "android-q4", "prefill_chunk": 1}, {"target": "android-q8", "state": "internal", "kv_dtype": "int8"},
+], ids=str)
+def test_the_trained_model_keeps_its_answers_with_every_option(tmp_path, options):
+    bundle = export(TINY, output=tmp_path / "bundle", **{"context": 512, **options})
+    result = assert_verified(bundle)
+    assert result.passed, dataclasses.asdict(result)

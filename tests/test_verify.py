@@ -1,0 +1,159 @@
+"""`verify` must pass what is right and fail what is broken."""
+
+import json
+import shutil
+
+import pytest
+
+from lfm_edge.bundle import Bundle, Manifest
+from lfm_edge.errors import BundleError
+from lfm_edge.harness import parity
+from lfm_edge.harness.verify import verify
+from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.session import Session
+from lfm_edge.targets import TARGETS
+from tests.helpers import TINY, lfm_edge, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def verified(tiny_bundle):
+    return verify(tiny_bundle)
+
+
+def copy_of(bundle, directory):
+    shutil.copytree(bundle.directory, directory)
+    return Bundle.open(directory)
+
+
+def reseal(bundle):
+    """Let the manifest agree with the files again, so that only `verify` can find what was changed."""
+    bundle.manifest.write(bundle.directory)
+    return Bundle.open(bundle.directory)
+
+
+def flip(bundle, blob, size=16):
+    """Invert `size` bytes in the middle of a packed weight of the artifact."""
+    data = bytearray(bundle.artifact.read_bytes())
+    start = data.index(blob) + len(blob) // 2
+    data[start:start + size] = bytes(255 - byte for byte in data[start:start + size])
+    bundle.artifact.write_bytes(data)
+
+
+def test_the_trained_model_passes(verified):
+    assert verified.passed
+    assert verified.weights.blobs > 50
+    assert [row.phase for row in verified.parity] == list(parity.PHASES)
+    assert verified.greedy.tokens == 24
+    assert verified.skipped == {}
+
+
+def test_the_trained_model_answers_exactly_in_float32_and_on_the_device(verified):
+    for task in verified.tasks:
+        assert task.float_accuracy >= 0.98, task
+        assert task.accuracy >= 0.95, task
+    assert sum(task.prompts for task in verified.tasks) >= 150
+
+
+def test_one_flipped_weight_block_fails(tiny_bundle, tmp_path):
+    from exporters.executorch import packed_weights
+    from lfm_edge.checkpoint import open_checkpoint
+
+    broken = copy_of(tiny_bundle, tmp_path / "bundle")
+    weights = quantize_checkpoint(open_checkpoint(TINY), broken.manifest.recipe)
+    name = "model.layers.2.self_attn.out_proj.weight: codes"
+    blobs = dict(packed_weights(broken.manifest.config, weights))
+    name = name if name in blobs else next(n for n in blobs if n.endswith("out_proj.weight: codes"))
+    flip(broken, blobs[name])
+    result = verify(reseal(broken))
+    assert not result.passed
+    assert result.weights.missing == [name]
+
+
+def test_a_conv_state_that_is_not_reset_fails(tiny_bundle, monkeypatch):
+    def forgetful(self):
+        self.position = 0
+
+    runtime = tiny_bundle.target.runtime()
+    monkeypatch.setattr(runtime.ExecutorchSession, "reset", forgetful)
+    result = verify(tiny_bundle)
+    assert not result.passed
+    assert not next(row for row in result.parity if row.phase == "after reset").within(result.limits)
+
+
+def test_a_cache_that_is_not_restored_fails(tiny_bundle, monkeypatch):
+    def careless(self, snapshot):
+        self.position = snapshot.position
+
+    monkeypatch.setattr(tiny_bundle.target.runtime().ExecutorchSession, "restore", careless)
+    result = verify(tiny_bundle)
+    failed = [row.phase for row in result.parity if not row.within(result.limits)]
+    assert failed == ["after restore"]
+
+
+def test_a_shifted_position_fails(tiny_bundle, monkeypatch):
+    """Off by one in the rotary positions or the cache rows: what a wrong chunk boundary does."""
+    original = Session.prefill
+
+    def shifted(self, tokens):
+        if self.position == 0 and len(tokens) > 1 and type(self).__name__ == "ExecutorchSession":
+            self.position = 1
+        return original(self, tokens)
+
+    monkeypatch.setattr(Session, "prefill", shifted)
+    assert not verify(tiny_bundle).passed
+
+
+def test_another_checkpoint_is_refused(tiny_bundle, tmp_path):
+    with pytest.raises(BundleError, match="not the checkpoint"):
+        verify(tiny_bundle, model=save_checkpoint(tmp_path / "other"))
+
+
+def test_a_bundle_quantized_by_other_rules_is_refused(tiny_bundle, tmp_path):
+    changed = copy_of(tiny_bundle, tmp_path / "bundle")
+    path = changed.directory / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["weights_sha256"] = "0" * 64
+    path.write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match="quantized by another version"):
+        verify(Bundle.open(changed.directory))
+
+
+def test_the_command_exits_with_1_and_writes_json_when_a_check_fails(tiny_bundle, tmp_path):
+    broken = copy_of(tiny_bundle, tmp_path / "bundle")
+    weights_at = broken.artifact.read_bytes()
+    middle = len(weights_at) // 2
+    broken.artifact.write_bytes(weights_at[:middle] + bytes(255 - b for b in weights_at[middle:middle + 64])
+                                + weights_at[middle + 64:])
+    reseal(broken)
+    finished = lfm_edge("verify", broken.directory, "--json", tmp_path / "result.json")
+    assert finished.returncode == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["passed"] is False
+    assert "Traceback" not in finished.stderr
+
+
+def test_the_command_exits_with_0_on_a_good_bundle_and_json_goes_to_standard_output(tiny_bundle):
+    finished = lfm_edge("verify", tiny_bundle.directory, "--json", "-")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["passed"] is True
+
+
+def test_nan_logits_are_never_close():
+    import numpy as np
+
+    bad = parity.compare("decode", [np.array([np.nan, 1.0], np.float32)], [np.array([0.0, 1.0], np.float32)])
+    assert not bad.within(parity.Limits(1e9, 1e9))
+
+
+def test_every_target_states_thresholds_that_a_chance_answer_misses():
+    for target in TARGETS.values():
+        assert target.thresholds.logit_error < 0.1
+        assert target.thresholds.noise_factor < 10
+
+
+def test_the_manifest_of_a_good_bundle_is_complete(tiny_bundle):
+    manifest = Manifest.read(tiny_bundle.directory)
+    assert manifest == tiny_bundle.manifest
+    assert {"model.pte", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+            "README.md", "tasks.json"} <= set(manifest.files)
+    assert manifest.lowering["delegates"] >= 1
