@@ -318,7 +318,8 @@ _INTERNAL_USAGE = """\
 The program keeps its state and follows the contract of ExecuTorch's LLM runners: `forward(tokens, position)`. Going
 back to position 0 begins a new conversation.
 
-- Python: `from executorch.extension.llm.runner import TextLLMRunner; TextLLMRunner("model.pte", "tokenizer.json")`
+- Python: `import executorch.extension.llm.custom_ops.custom_ops, executorch.kernels.quantized`, then
+  `from executorch.extension.llm.runner import TextLLMRunner; TextLLMRunner("model.pte", "tokenizer.json")`
 - Android: `org.pytorch.executorch.extension.llm.LlmModule("model.pte", "tokenizer.json", 0.0f)`
 - iOS: `TextRunner(modelPath:tokenizerPath:)` of the ExecuTorch package
 """

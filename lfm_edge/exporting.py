@@ -9,7 +9,7 @@ from typing import Any
 
 import lfm_edge
 from lfm_edge.bundle import Bundle, Manifest, new_bundle, weights_digest
-from lfm_edge.checkpoint import Checkpoint, DirectoryCheckpoint, open_checkpoint
+from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.model.weights import Weights
@@ -112,13 +112,10 @@ def _check_options(target: Target, context: int | None, prefill_chunk: int, grou
 
 
 def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact) -> Manifest:
-    source = checkpoint.source
-    if isinstance(checkpoint, DirectoryCheckpoint) and Path(source).is_dir():
-        source = str(Path(source).resolve())
     return Manifest(
         target=target.name, artifact=artifact.path, state_mode=job.state_mode, prefill_chunk=job.prefill_chunk,
         config=job.config, recipe=job.recipe, state=job.state, lowering=artifact.lowering,
-        source=source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
+        source=checkpoint.source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
         weights_sha256=weights_digest(job.weights),
         versions={"lfm-edge": lfm_edge.__version__,
                   **{package: importlib.metadata.version(package) for package in ("torch", target.requires)}})
@@ -127,9 +124,10 @@ def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: 
 def _readme(manifest: Manifest, usage: str) -> str:
     """What the bundle is and how to load it, for someone who finds the directory."""
     recipe, state = manifest.recipe.to_dict(), manifest.state
-    return f"""# {Path(manifest.source).name} for {manifest.target}
+    name = Path(manifest.source).name
+    return f"""# {name} for {manifest.target}
 
-Made by lfm-edge {manifest.versions["lfm-edge"]} from `{manifest.source}` (licence: {manifest.licence}).
+Made by lfm-edge {manifest.versions["lfm-edge"]} from `{name}` (licence: {manifest.licence}).
 Linear layers have {recipe["body"]["bits"]} bits, embedding and head {recipe["head"]["bits"]}. The context holds
 {state.context} tokens; a step takes 1 to {manifest.prefill_chunk}. `manifest.json` has the whole layout of the state.
 

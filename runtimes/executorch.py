@@ -25,15 +25,15 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
         with _native_messages_hidden():
             if threads is not None:
                 portable_lib._unsafe_reset_threadpool(threads)
-            program = portable_lib._load_for_executorch(str(bundle.artifact))
-            program.method_meta("forward")  # loading is lazy: this is where a damaged file shows
             portable_lib._threadpool_get_thread_count()  # starts the pool, which prints about the processor
+            program = portable_lib._load_program(str(bundle.artifact))
+            forward = program.load_method("forward")  # packs the weights
     except RuntimeError as error:
         raise BundleError(f"{bundle.artifact}: ExecuTorch cannot load it ({error})") from None
     manifest = bundle.manifest
     kind = InternalStateSession if manifest.state_mode == "internal" else ExecutorchSession
     session = kind(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
-    session.program = program
+    session.forward = forward
     return session
 
 
@@ -51,11 +51,11 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
 class ExecutorchSession(Session):
     """The state is ours: the program changes it where it lies."""
 
-    program: portable_lib.ExecuTorchModule
+    forward: portable_lib.ExecuTorchMethod
 
     def _step(self, tokens: list[int]) -> Logits:
         inputs = [torch.tensor([tokens]), torch.tensor([self.position]), *self.state]
-        logits, = self.program.run_method("forward", inputs, clone_outputs=False)
+        logits, = self.forward.call(inputs, clone_outputs=False)
         return logits[0, -1].clone().numpy()
 
 

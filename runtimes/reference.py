@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.config import ModelConfig
@@ -33,6 +34,7 @@ class ReferenceSession(Session):
                  int8_activations: bool = False, chunk: int | None = None) -> None:
         super().__init__(spec, config.vocab_size, chunk or spec.context)
         self.decoder = Decoder(config, weights, spec, Lowering(int8_activations))
+        self._jitter: list[RemovableHandle] = []
 
     def jitter(self, seed: int) -> None:
         """From now on, disturb the input of every linear layer as much as another order of float32 sums would.
@@ -40,15 +42,16 @@ class ReferenceSession(Session):
         What that does to the logits is the model's own noise floor: no two correct implementations can be
         expected to agree more closely.
         """
+        for handle in self._jitter:
+            handle.remove()
         generator = torch.Generator().manual_seed(seed)
 
         def disturb(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
             x, = inputs
             return (x * (1.0 + _ROUNDING * torch.randn(x.shape, generator=generator)),)
 
-        for module in self.decoder.modules():
-            if isinstance(module, Linear):
-                module.register_forward_pre_hook(disturb)
+        self._jitter = [module.register_forward_pre_hook(disturb)
+                        for module in self.decoder.modules() if isinstance(module, Linear)]
 
     def _step(self, tokens: list[int]) -> Logits:
         with torch.no_grad():

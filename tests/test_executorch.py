@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from executorch.extension.pybindings import portable_lib
 
 from lfm_edge import export
 from lfm_edge.checkpoint import open_checkpoint
@@ -76,7 +77,7 @@ def test_the_state_is_changed_where_it_lies_and_is_no_output(awkward_bundle):
     session.prefill([3, 4, 5])
     assert [tensor.data_ptr() for tensor in session.state] == before
     assert all(tensor.any() for tensor in session.state)
-    meta = session.program.method_meta("forward")
+    meta = session.forward.method_meta()
     assert meta.num_outputs() == 1
     assert meta.output_tensor_meta(0).sizes() == (1, 1, 301)
     keys = session.state[0]
@@ -154,7 +155,7 @@ def test_an_internal_state_is_verified_and_says_what_it_cannot_do(internal_bundl
 
 
 def test_the_program_has_the_metadata_that_the_runners_ask_for(internal_bundle):
-    program = internal_bundle.session().program
+    program = portable_lib._load_for_executorch(str(internal_bundle.artifact))
 
     def constant(name):
         return program.run_method(name, [])

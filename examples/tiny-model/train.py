@@ -1,6 +1,8 @@
 """Train the tiny LFM2 model of this folder from nothing, on one CPU core, and score what was written.
 
-    python examples/tiny-model/train.py --steps 3600 --threads 1
+    python examples/tiny-model/train.py --seed 0
+    python examples/tiny-model/train.py --seed 1 --start examples/tiny-model/checkpoint --steps 900 \\
+        --peak 2e-3 --sums 0.15 --rounding-from 0
 """
 
 from __future__ import annotations
@@ -196,6 +198,7 @@ def save(model: Lfm2ForCausalLM, directory: Path) -> None:
     partial.mkdir(parents=True)
     weights = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "model.safetensors").chmod(0o644)
     config = CONFIG.to_dict() | {"dtype": "bfloat16"}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_chatml_tokenizer(partial, CONFIG.vocab_size)

@@ -48,10 +48,13 @@ class Limits:
 
     @classmethod
     def of(cls, thresholds: Thresholds, floor: Sequence[Agreement]) -> Limits:
-        """The target's thresholds, or a multiple of the model's noise floor where that is higher."""
+        """The target's thresholds, or a multiple of the model's noise floor where that is higher.
+
+        KL divergence grows with the square of the logits' error, and so does its multiple.
+        """
         factor = thresholds.noise_factor
         return cls(max(thresholds.logit_error, *(factor * row.logit_error for row in floor)),
-                   max(thresholds.kl_divergence, *(factor * row.kl_divergence for row in floor)))
+                   max(thresholds.kl_divergence, *(factor ** 2 * row.kl_divergence for row in floor)))
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ def compare(phase: str, artifact: Steps, reference: Steps) -> Agreement:
     divergence = float(max(kl_divergence(theirs, ours).max(), 0.0))
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
     return Agreement(phase, len(ours), error, divergence, agreement)
+
+
+def worst(draws: Sequence[Agreement]) -> Agreement:
+    """The largest errors of several comparisons of one phase."""
+    return Agreement(draws[0].phase, draws[0].positions, max(row.logit_error for row in draws),
+                     max(row.kl_divergence for row in draws), min(row.top1_agreement for row in draws))
 
 
 def full_prefill(session: Session, tokens: Sequence[int]) -> Steps:

@@ -21,9 +21,10 @@ from lfm_edge.errors import ExportError
 from lfm_edge.quantization.recipe import Recipe, Scheme
 from lfm_edge.quantization.tensor import QuantizedTensor
 
-# Fractions of max|w| / (2**(bits-1) - 0.5) to try. Below 1 clips the largest weight.
-_GRID_4 = (1.0, 0.94, 0.88, 0.82, 0.76, 1.07)
-_GRID_8 = (1.0, 0.97, 0.94, 0.9, 0.85)
+# Fractions of max|w| / (2**(bits-1) - 0.5) to try, plain round-to-nearest among them. Below 1 clips the largest
+# weight.
+_GRID_4 = (1.0, 0.94, 0.88, 0.82, 0.76, 7.5 / 7)
+_GRID_8 = (1.0, 0.97, 0.94, 0.9, 0.85, 127.5 / 127)
 _REFINEMENTS = 2
 _ELEMENTS_AT_ONCE = 1 << 17  # what fits the cache while a dozen candidates are tried
 _SAMPLE_ROWS = 16
