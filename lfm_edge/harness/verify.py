@@ -122,7 +122,8 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
                                            StateSpec.of(manifest.config, manifest.state.context))
     cost = quality.compare(tokens, exact.score(tokens), quantized_logits, thresholds.quality_kl)
     answers = quality.right_answers(exact, bundle, tasks, progress.advance)
-    floor = [parity.worst([parity.compare(phase, draw[phase], theirs[phase]) for draw in disturbed]) for phase in phases]
+    floor = [parity.worst([parity.compare(phase, draw[phase], theirs[phase]) for draw in disturbed])
+             for phase in phases]
     limits = parity.Limits.of(thresholds, floor)
     return Verification(
         manifest.target, found, [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
