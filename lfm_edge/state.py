@@ -50,6 +50,9 @@ class StateTensor:
 
     def fresh(self) -> torch.Tensor:
         """The tensor of a session at position 0."""
+        if self.initial == 0:
+            # Zeroed pages take no memory until they are written: a cache costs what is filled of it.
+            return torch.zeros(self.shape, dtype=self.torch_dtype)
         return torch.full(self.shape, self.initial, dtype=self.torch_dtype)
 
 
