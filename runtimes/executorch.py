@@ -26,7 +26,8 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
             if threads is not None:
                 portable_lib._unsafe_reset_threadpool(threads)
             portable_lib._threadpool_get_thread_count()  # starts the pool, which prints about the processor
-            program = portable_lib._load_program(str(bundle.artifact))
+            program = portable_lib._load_program(
+                str(bundle.artifact), program_verification=portable_lib.Verification.InternalConsistency)
             forward = program.load_method("forward")  # packs the weights
     except RuntimeError as error:
         raise BundleError(f"{bundle.artifact}: ExecuTorch cannot load it ({error})") from None
