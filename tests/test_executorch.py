@@ -22,17 +22,17 @@ from tests.helpers import AWKWARD, TINY, save_checkpoint
 # heavy run each of them alone.
 ALL_AT_ONCE = {"vocab_size": 301, "tie_word_embeddings": False, "conv_bias": True, "conv_L_cache": 5,
                "layer_types": ["full_attention", "conv", "full_attention"], "num_key_value_heads": 1}
-STRICT = 1e-4  # of the logits' spread, where the model's own noise floor is below it
+STRICT = 1e-5  # of the logits' spread, where the model's own noise floor is below it
 
 
 def assert_verified(bundle):
     """Every check of `verify` but quality, with a tighter tolerance than a user's. (Random models have no quality.)"""
     result = verify(bundle)
-    limit = max(STRICT, *(3 * row.logit_error for row in result.floor))
     assert result.weights.passed and result.weights.blobs > 0
+    assert result.limits.logit_error < 1.0
     for row in result.parity:
-        assert row.logit_error <= limit, row
-    assert limit < 0.5
+        assert row.within(result.limits), row
+    assert result.typical_error <= max(STRICT, 3 * result.typical_floor)
     assert result.greedy.passed
     return result
 

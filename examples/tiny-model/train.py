@@ -1,8 +1,9 @@
 """Train the tiny LFM2 model of this folder from nothing, on one CPU core, and score what was written.
 
-    python examples/tiny-model/train.py --seed 0
-    python examples/tiny-model/train.py --seed 1 --start examples/tiny-model/checkpoint --steps 900 \\
-        --peak 2e-3 --sums 0.15 --rounding-from 0
+    python examples/tiny-model/train.py --output first
+    python examples/tiny-model/train.py --output second --start first --seed 1 --steps 900 --peak 6e-4 --sums 0.1 \\
+        --rounding-from 0
+    python examples/tiny-model/train.py --average first second
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def train(model: Lfm2ForCausalLM, options: argparse.Namespace) -> float:
             shown.clear()
         if (step + 1) % options.save_every == 0 and step + 1 < options.steps:
             save(model, options.output)
-            print("   ", scores(load(options.output), 100), flush=True)
+            print("   ", scores(load(options.output), 100, options.score_seed), flush=True)
     return time.time() - started
 
 
@@ -217,6 +218,13 @@ def load(directory: Path) -> Lfm2ForCausalLM:
     return model.eval()
 
 
+def average(first: Path, second: Path) -> Lfm2ForCausalLM:
+    """The model half-way between two checkpoints, one of which was trained on from the other."""
+    model, other = load(first), load(second).state_dict()
+    model.load_state_dict({name: (tensor + other[name]) / 2 for name, tensor in model.state_dict().items()})
+    return model
+
+
 def new_model() -> Lfm2ForCausalLM:
     """Random weights with the dimensions of CONFIG, scaled so that a small model starts learning at once."""
     model = Lfm2ForCausalLM._from_config(Lfm2Config(**CONFIG.to_dict()), attn_implementation="sdpa")
@@ -231,9 +239,9 @@ def new_model() -> Lfm2ForCausalLM:
     return model
 
 
-def scores(model: Lfm2ForCausalLM, count: int, **rounding: object) -> dict[str, float]:
+def scores(model: Lfm2ForCausalLM, count: int, seed: int, **rounding: object) -> dict[str, float]:
     """The share of exact answers for each task, over `count` prompts."""
-    return {task: accuracy(model, prompts(task, count, EVALUATION_SEED), **rounding) for task in TASKS}
+    return {task: accuracy(model, prompts(task, count, seed), **rounding) for task in TASKS}
 
 
 def main() -> None:
@@ -251,26 +259,38 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--score-only", action="store_true", help="score the checkpoint that is there")
+    parser.add_argument("--average", type=Path, nargs=2, metavar="CHECKPOINT",
+                        help="do not train: write the mean of two checkpoints to --output")
+    parser.add_argument("--score-only", action="store_true", help="do not train: score the checkpoint in --output")
+    parser.add_argument("--score-seed", type=int, default=EVALUATION_SEED)
+    parser.add_argument("--score-count", type=int, default=500, help="prompts for each task")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    if not options.score_only:
-        model = load(options.start).train() if options.start else new_model()
-        save(model, options.output)
-        check_encoder(options.output)
-        seconds = train(model, options)
-        save(model, options.output)
-        print(f"{CONFIG.num_parameters} parameters, {seconds / 60:.1f} minutes of training")
-    report(load(options.output))
+    if options.average:
+        save(average(*options.average), options.output)
+    elif not options.score_only:
+        train_and_save(options)
+    report(load(options.output), options)
 
 
-def report(model: Lfm2ForCausalLM) -> None:
+def train_and_save(options: argparse.Namespace) -> None:
+    """Train from nothing or from `--start`; a checkpoint is in `--output` from the beginning on."""
+    model = load(options.start).train() if options.start else new_model()
+    save(model, options.output)
+    check_encoder(options.output)
+    seconds = train(model, options)
+    save(model, options.output)
+    print(f"{CONFIG.num_parameters} parameters, {seconds / 60:.1f} minutes of training")
+
+
+def report(model: Lfm2ForCausalLM, options: argparse.Namespace) -> None:
     """Print the scores as they are and with rounded weights and activations."""
-    print("fp32", scores(model, 500))
+    count, seed = options.score_count, options.score_seed
+    print("fp32", scores(model, count, seed))
     print("fp32, every sum", accuracy(model, every_sum()))
-    print("int4 weights", scores(model, 500, weights=int4_weights))
-    print("int4 weights, int8 activations", scores(model, 500, weights=int4_weights, activations=True))
+    print("int4 weights", scores(model, count, seed, weights=int4_weights))
+    print("int4 weights, int8 activations", scores(model, count, seed, weights=int4_weights, activations=True))
 
 
 if __name__ == "__main__":

@@ -41,20 +41,25 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Limits:
-    """How close the logits of an artifact must be, in the units of `Agreement`."""
+    """How close the logits of an artifact must be, in the units of `Agreement`.
+
+    typical_error: of the median over all positions of all phases
+    """
 
     logit_error: float
     kl_divergence: float
+    typical_error: float
 
     @classmethod
-    def of(cls, thresholds: Thresholds, floor: Sequence[Agreement]) -> Limits:
+    def of(cls, thresholds: Thresholds, floor: Sequence[Agreement], typical_floor: float) -> Limits:
         """The target's thresholds, or a multiple of the model's noise floor where that is higher.
 
         KL divergence grows with the square of the logits' error, and so does its multiple.
         """
         factor = thresholds.noise_factor
         return cls(max(thresholds.logit_error, *(factor * row.logit_error for row in floor)),
-                   max(thresholds.kl_divergence, *(factor ** 2 * row.kl_divergence for row in floor)))
+                   max(thresholds.kl_divergence, *(factor ** 2 * row.kl_divergence for row in floor)),
+                   max(thresholds.typical_error, factor * typical_floor))
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,21 @@ def compare(phase: str, artifact: Steps, reference: Steps) -> Agreement:
     ours, theirs = np.stack(artifact), np.stack(reference)  # [positions, vocab]
     if not np.isfinite(ours).all():
         return Agreement(phase, len(ours), float("inf"), float("inf"), 0.0)
-    error = float((np.abs(ours - theirs).max(-1) / theirs.std(-1)).max())
+    error = float(_errors(ours, theirs).max())
     divergence = float(max(kl_divergence(theirs, ours).max(), 0.0))
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
     return Agreement(phase, len(ours), error, divergence, agreement)
+
+
+def _errors(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Largest |a - r| of each position, in standard deviations. Both: [positions, vocab]"""
+    return np.abs(ours - theirs).max(-1) / theirs.std(-1)
+
+
+def typical_error(artifact: dict[str, Steps], reference: dict[str, Steps]) -> float:
+    """The median error over all positions of all phases; NaN where a logit is."""
+    return float(np.median(np.concatenate([_errors(np.stack(artifact[phase]), np.stack(reference[phase]))
+                                           for phase in reference])))
 
 
 def worst(draws: Sequence[Agreement]) -> Agreement:

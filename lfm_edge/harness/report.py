@@ -23,6 +23,8 @@ def verification_tables(result: Verification) -> list[Table]:
     for row, floor in zip(result.parity, result.floor, strict=True):
         parity.add_row(row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{row.kl_divergence:.1e}",
                        f"{row.top1_agreement:.1%}", f"{floor.logit_error:.1e}", _verdict(row.within(result.limits)))
+    parity.add_row("median of all", "", f"{result.typical_error:.1e}", "", "", f"{result.typical_floor:.1e}",
+                   _verdict(result.typical_passed))
     greedy = result.greedy
     parity.add_row("greedy answer", str(greedy.tokens), "", "", f"{greedy.exact}, {greedy.ties} tied", "",
                    _verdict(greedy.passed))

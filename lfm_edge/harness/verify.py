@@ -43,7 +43,8 @@ class Verification:
     """What `verify` found.
 
     floor: the quantized reference against itself with some float32 roundings of noise, phase by phase
-    limits: what the parity rows must keep to, from the target's thresholds and the floor
+    limits: what parity must keep to, from the target's thresholds and the floor
+    typical_error, typical_floor: the median error over all positions, of the artifact and of the noise
     skipped: phases that this bundle does not allow, with the reason
     """
 
@@ -52,16 +53,23 @@ class Verification:
     parity: list[parity.Agreement]
     floor: list[parity.Agreement]
     limits: parity.Limits
+    typical_error: float
+    typical_floor: float
     greedy: parity.GreedyAgreement
     quality: quality.Quality
     tasks: list[quality.TaskAccuracy]
     skipped: dict[str, str]
 
     @property
+    def typical_passed(self) -> bool:
+        """Whether the median error is within its limit. (NaN is not.)"""
+        return self.typical_error <= self.limits.typical_error
+
+    @property
     def passed(self) -> bool:
         """Whether everything is within its limits."""
-        return (self.weights.passed and all(row.within(self.limits) for row in self.parity) and self.greedy.passed
-                and self.quality.passed and all(task.passed for task in self.tasks))
+        return (self.weights.passed and all(row.within(self.limits) for row in self.parity) and self.typical_passed
+                and self.greedy.passed and self.quality.passed and all(task.passed for task in self.tasks))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,6 +77,7 @@ class Verification:
             "target": self.target, "passed": self.passed,
             "weights": {**asdict(self.weights), "passed": self.weights.passed}, "limits": asdict(self.limits),
             "parity": [{**asdict(row), "passed": row.within(self.limits)} for row in self.parity],
+            "typical_error": self.typical_error, "typical_floor": self.typical_floor,
             "noise_floor": [asdict(row) for row in self.floor],
             "greedy": {**asdict(self.greedy), "passed": self.greedy.passed}, "quality": asdict(self.quality),
             "tasks": [asdict(task) for task in self.tasks], "skipped": self.skipped,
@@ -124,10 +133,11 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     answers = quality.right_answers(exact, bundle, tasks, progress.advance)
     floor = [parity.worst([parity.compare(phase, draw[phase], theirs[phase]) for draw in disturbed])
              for phase in phases]
-    limits = parity.Limits.of(thresholds, floor)
+    typical_floor = max(parity.typical_error(draw, theirs) for draw in disturbed)
+    limits = parity.Limits.of(thresholds, floor, typical_floor)
     return Verification(
         manifest.target, found, [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
-        parity.judge_greedy(answer, followed, limits), cost,
+        parity.typical_error(ours, theirs), typical_floor, parity.judge_greedy(answer, followed, limits), cost,
         quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped)
 
 
