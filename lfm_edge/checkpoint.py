@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import CheckpointError, LfmEdgeError
+from lfm_edge.files import read_json_object
 from lfm_edge.presets import PRESETS
 from lfm_edge.tokenizer import TOKENIZER_FILES, default_template, write_chatml_tokenizer
 
@@ -72,7 +73,7 @@ class DirectoryCheckpoint(Checkpoint):
     def __init__(self, directory: Path, source: str | None = None) -> None:
         self.directory = directory
         self.source = source or str(directory)
-        self.config = ModelConfig.from_dict(_read_json(directory / "config.json"))
+        self.config = ModelConfig.from_dict(read_json_object(directory / "config.json", CheckpointError))
         self.licence = _licence(directory)
         self._files = self._locate()
         self._check_headers()
@@ -105,7 +106,7 @@ class DirectoryCheckpoint(Checkpoint):
         index = self.directory / "model.safetensors.index.json"
         if not index.is_file():
             return dict.fromkeys(_names_in(self.directory / "model.safetensors"), self.directory / "model.safetensors")
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json_object(index, CheckpointError).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map is missing")
         files: dict[str, Path] = {}
@@ -228,18 +229,6 @@ def _and_others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object at the top level")
-    return value
-
-
 def _licence(directory: Path) -> str:
     """The licence named in the front matter of the model card."""
     card = directory / "README.md"
@@ -254,7 +243,7 @@ def _licence(directory: Path) -> str:
 def _embed_chat_template(directory: Path) -> None:
     """Let both places that clients read the chat template from hold it."""
     config_path, template_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    config = _read_json(config_path) if config_path.is_file() else {}
+    config = read_json_object(config_path, CheckpointError) if config_path.is_file() else {}
     embedded = default_template(config.get("chat_template"))
     if template_path.is_file() and not embedded:
         try:

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lfm_edge.errors import BundleError
+from lfm_edge.files import read_json_object
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "special_tokens_map.json", "generation_config.json")
@@ -104,7 +105,8 @@ class TextTokenizer:
             self.backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise BundleError(f"{path}: not a tokenizer ({error})") from None
-        self.config = _read_json(directory / "tokenizer_config.json")
+        config = directory / "tokenizer_config.json"
+        self.config = read_json_object(config, BundleError) if config.is_file() else {}
         template = directory / "chat_template.jinja"
         try:
             self.template = (template.read_text() if template.is_file()
@@ -177,15 +179,3 @@ def default_template(template: Any) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         return named.get("default")
     return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BundleError(f"{path}: expected an object at the top level")
-    return value

@@ -1,0 +1,22 @@
+"""Reading files that came from somewhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lfm_edge.errors import LfmEdgeError
+
+
+def read_json_object(path: Path, failure: type[LfmEdgeError]) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `failure` where there is no file, no JSON, or no object."""
+    if not path.is_file():
+        raise failure(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise failure(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise failure(f"{path}: expected an object at the top level")
+    return value
