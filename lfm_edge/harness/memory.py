@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,8 @@ from lfm_edge.errors import LfmEdgeError
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_CAPABILITY_VERSION_3 = 0x20080522
+_CAP_IPC_LOCK = 14
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -52,6 +57,23 @@ def read_memory() -> Memory:
 def reset_peak() -> None:
     """Let `peak` count from here on."""
     _CLEAR_REFS.write_text("5")
+
+
+def forbid_locking() -> None:
+    """Let this process lock no memory, as an app on a phone may not.
+
+    ExecuTorch's loader asks to lock a program's constants and goes on where it may not. Root may: the whole
+    embedding table would then be resident, and counted, though a step reads a few rows of it.
+    """
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)  # of this process: capabilities(7), capget(2)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, for the lower and the upper 32
+    if libc.capget(header, sets) != 0:
+        raise LfmEdgeError(f"capget failed ({os.strerror(ctypes.get_errno())})")
+    sets[0] &= ~(1 << _CAP_IPC_LOCK)
+    if libc.capset(header, sets) != 0:
+        raise LfmEdgeError(f"capset failed ({os.strerror(ctypes.get_errno())})")
 
 
 def parse_bytes(text: str) -> int:

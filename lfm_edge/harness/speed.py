@@ -20,7 +20,7 @@ from typing import Any
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.harness.memory import Memory, read_memory, reset_peak
+from lfm_edge.harness.memory import Memory, forbid_locking, read_memory, reset_peak
 from lfm_edge.harness.sample import sample_tokens
 
 
@@ -127,6 +127,7 @@ def measure_round(directory: Path, prompt_tokens: int, generate_tokens: int, thr
     bundle = Bundle.open(directory, check=False)  # the caller has checked it; reading it here would warm the cache
     prompt = sample_tokens(bundle.tokenizer(), bundle.manifest.config.vocab_size, prompt_tokens)
     bundle.target.runtime()
+    forbid_locking()
     reset_peak()
     baseline = read_memory()
     start = time.perf_counter()
