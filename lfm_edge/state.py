@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lfm_edge.config import ModelConfig
@@ -51,8 +52,9 @@ class StateTensor:
     def fresh(self) -> torch.Tensor:
         """The tensor of a session at position 0."""
         if self.initial == 0:
-            # Zeroed pages take no memory until they are written: a cache costs what is filled of it.
-            return torch.zeros(self.shape, dtype=self.torch_dtype)
+            # numpy asks the system for zeroed pages, which take no memory until they are written: a cache
+            # costs what is filled of it. torch.zeros writes every page.
+            return torch.from_numpy(np.zeros(self.shape, dtype=self.dtype))
         return torch.full(self.shape, self.initial, dtype=self.torch_dtype)
 
 
