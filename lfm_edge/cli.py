@@ -31,7 +31,7 @@ err = Console(stderr=True)
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory, as `export` writes it.", show_default=False)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON as well; - for standard output "
                                                                "in place of the table.", show_default=False)]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. [default: the runtime's own]",
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. (default: the runtime's own)",
                                              show_default=False)]
 
 
@@ -53,10 +53,10 @@ def export(
     model: Annotated[str, typer.Option(help="A Hugging Face directory, a hub id (owner/name), or random:PRESET for "
                                             "random weights at a published size, such as random:lfm2.5-1.2b.")
                      ] = "LiquidAI/LFM2.5-1.2B-Instruct",
-    output: Annotated[Path | None, typer.Option(help="Bundle directory to write. [default: MODEL-TARGET]",
+    output: Annotated[Path | None, typer.Option(help="Bundle directory to write. (default: MODEL-TARGET)",
                                                 show_default=False)] = None,
-    context: Annotated[int | None, typer.Option(help="Positions that the KV cache holds. [default: 4096, or the "
-                                                     "model's limit if lower]", show_default=False)] = None,
+    context: Annotated[int | None, typer.Option(help="Positions that the KV cache holds. (default: 4096, or the "
+                                                     "model's limit if lower)", show_default=False)] = None,
     prefill_chunk: Annotated[int, typer.Option(help="Most tokens that one step takes.")] = 128,
     group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128.")] = 32,
     head_bits: Annotated[int, typer.Option(help="Bits of embedding and head: 8, or 4 for the last megabytes.")] = 8,
@@ -117,7 +117,7 @@ def bench(
                                                   show_default=False)],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens to prefill.")] = 512,
     generate_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after them.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. [default: all cores]",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. (default: all cores)",
                                                 show_default=False)] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, each in a fresh process.")] = 3,
     budget: Annotated[str, typer.Option(help="What the peak memory above an empty process may reach.")] = "1GB",
