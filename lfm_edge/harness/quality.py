@@ -67,15 +67,24 @@ def compare(tokens: Sequence[int], exact: np.ndarray, quantized: np.ndarray, lim
 
 
 def read_tasks(bundle: Bundle) -> list[dict[str, Any]]:
-    """The prompts that the checkpoint ships, each with `task`, `messages` and `answer`; none where it ships none."""
+    """The prompts that the checkpoint ships, each with `task`, `messages` and `answer`; none where it ships none.
+
+    Those that do not fit the bundle's context with their answers are left out.
+    """
     path = bundle.directory / TASKS
     if not path.is_file():
         return []
     try:
-        tasks = json.loads(path.read_text())
-        return [{"task": str(t["task"]), "messages": t["messages"], "answer": str(t["answer"])} for t in tasks]
+        tasks = [{"task": str(task["task"]), "messages": task["messages"], "answer": str(task["answer"])}
+                 for task in json.loads(path.read_text())]
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path}: malformed ({error})") from None
+    tokenizer, context = bundle.tokenizer(), bundle.manifest.state.context
+
+    def length(task: dict[str, Any]) -> int:
+        return len(tokenizer.chat(task["messages"])) + len(tokenizer.encode(task["answer"], special=False)) + 1
+
+    return [task for task in tasks if length(task) <= context]
 
 
 def right_answers(session: Session, bundle: Bundle, tasks: Sequence[dict[str, Any]],
