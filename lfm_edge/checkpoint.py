@@ -27,7 +27,7 @@ from lfm_edge.tokenizer import TOKENIZER_FILES, default_template, write_chatml_t
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_TASKS_FILE = "tasks.json"
+TASKS_FILE = "tasks.json"
 
 
 class Checkpoint(ABC):
@@ -96,7 +96,7 @@ class DirectoryCheckpoint(Checkpoint):
     def copy_text_files(self, directory: Path) -> None:
         if not (self.directory / "tokenizer.json").is_file():
             raise CheckpointError(f"{self.directory}: tokenizer.json is missing; a bundle needs the model's tokenizer")
-        for name in (*TOKENIZER_FILES, "LICENSE", _TASKS_FILE):
+        for name in (*TOKENIZER_FILES, "LICENSE", TASKS_FILE):
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, directory / name)
         _embed_chat_template(directory)

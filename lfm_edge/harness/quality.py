@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from lfm_edge.bundle import Bundle
+from lfm_edge.checkpoint import TASKS_FILE
 from lfm_edge.errors import BundleError
 from lfm_edge.generation import generate
 from lfm_edge.harness.parity import kl_divergence, log_softmax
 from lfm_edge.session import Session
-
-TASKS = "tasks.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def read_tasks(bundle: Bundle) -> list[dict[str, Any]]:
 
     Those that do not fit the bundle's context with their answers are left out.
     """
-    path = bundle.directory / TASKS
+    path = bundle.directory / TASKS_FILE
     if not path.is_file():
         return []
     try:

@@ -8,8 +8,6 @@ same network into that backend's terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,8 +16,6 @@ from lfm_edge.quantization.activations import fake_quantize_rows
 from lfm_edge.quantization.tensor import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
-
-Attend = Callable[[Tensor, Tensor, Tensor, list[Tensor], int], tuple[Tensor, list[Tensor]]]
 
 
 class Lowering:

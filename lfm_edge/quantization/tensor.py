@@ -38,11 +38,6 @@ class QuantizedTensor:
         """float32 [rows, cols]"""
         return dequantize(self.ints, self.scales)
 
-    @property
-    def packed_nbytes(self) -> int:
-        """Bytes of the packed integers and bfloat16 scales: what a file needs at least."""
-        return self.ints.numel() * self.bits // 8 + self.scales.numel() * 2
-
 
 def dequantize(ints: Tensor, scales: Tensor) -> Tensor:
     """`ints * scales` with each scale spread over its group.
