@@ -35,7 +35,7 @@ from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.decoder import Decoder
-from lfm_edge.model.lowering import Lowering, Weight, frozen, quantize_rows
+from lfm_edge.model.lowering import Lowering, Place, Weight, frozen, quantize_rows
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
@@ -226,9 +226,9 @@ class Rotary(nn.Module):
         half, none = torch.eye(head_dim // 2), torch.zeros(head_dim // 2, head_dim // 2)
         self.register_buffer("rotation", torch.cat([torch.cat([none, -half], 1), torch.cat([half, none], 1)]))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: float32 [1, T, heads, D]; cos, sin: float32 [T, 1, D] -> the shape of x"""
-        return x * cos + F.linear(x, self.rotation) * sin
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """x: float32 [1, T, heads, D] -> the same shape"""
+        return x * place.cos + F.linear(x, self.rotation) * place.sin
 
 
 class InPlaceAttention(nn.Module):
@@ -239,9 +239,9 @@ class InPlaceAttention(nn.Module):
         self.scale = scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
-                position: int) -> tuple[Tensor, list[Tensor]]:
+                place: Place) -> tuple[Tensor, list[Tensor]]:
         """query: float32 [1, T, heads, D]; key, value: float32 [1, T, kv_heads, D]; state: the layer's caches"""
-        in_float = len(state) == 2
+        position, in_float = place.start, len(state) == 2
         rows = (key, value) if in_float else (*quantize_rows(key), *quantize_rows(value))
         for cache, new in zip(state, rows, strict=True):
             torch.ops.llama.update_cache(new, cache, position)
@@ -394,7 +394,7 @@ def _delegation(program: ExportedProgram) -> dict[str, Any]:
             delegates += 1
         elif "::" in name:
             portable[name.removesuffix(".out").removesuffix(".default")] += 1
-    return {"delegates": delegates, "portable": dict(sorted(portable.items()))}
+    return {"delegates": delegates, "left portable": dict(sorted(portable.items()))}
 
 
 @contextlib.contextmanager

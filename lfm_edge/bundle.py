@@ -134,6 +134,12 @@ class Bundle:
         """The file that the runtime loads."""
         return self.directory / self.manifest.artifact
 
+    @property
+    def artifact_bytes(self) -> int:
+        """Size of the artifact, with the files of external data that are named after it."""
+        return sum(entry["bytes"] for name, entry in self.manifest.files.items()
+                   if name.startswith(self.manifest.artifact))
+
     def tokenizer(self) -> TextTokenizer:
         """The bundle's tokenizer and chat template."""
         return TextTokenizer(self.directory)

@@ -78,8 +78,8 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         context = min(DEFAULT_CONTEXT, limit)
     if context > limit:
         raise ExportError(f"--context {context} is more than the model's {limit}")
-    bits = recipe(chosen.bits, group_size, head_bits, chosen.int8_activations)
-    layout = StateSpec.of(checkpoint.config, context, kv_dtype)
+    bits = recipe(chosen.bits, group_size, head_bits, chosen.activations)
+    layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.kv_heads_first)
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
         progress.stage("quantize", len(checkpoint.names))
@@ -118,7 +118,7 @@ def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: 
         source=checkpoint.source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
         weights_sha256=weights_digest(job.weights),
         versions={"lfm-edge": lfm_edge.__version__,
-                  **{package: importlib.metadata.version(package) for package in ("torch", target.requires)}})
+                  **{package: importlib.metadata.version(package) for package in ("torch", *target.requires)}})
 
 
 def _readme(manifest: Manifest, usage: str) -> str:

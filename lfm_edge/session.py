@@ -74,7 +74,7 @@ class Session(ABC):
 
     def snapshot(self) -> Snapshot:
         """A copy of the state, to go back to."""
-        kept = tuple((state[:, :self.position] if tensor.update == APPEND else state).clone()
+        kept = tuple(tensor.filled(state, self.position).clone()
                      for tensor, state in zip(self.spec.tensors, self.state, strict=True))
         return Snapshot(self.spec, self.position, kept)
 
@@ -86,7 +86,7 @@ class Session(ABC):
         if snapshot.spec != self.spec:
             raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
         for tensor, state, kept in zip(self.spec.tensors, self.state, snapshot.tensors, strict=True):
-            (state[:, :snapshot.position] if tensor.update == APPEND else state).copy_(kept)
+            tensor.filled(state, snapshot.position).copy_(kept)
         self.position = snapshot.position
 
     def reset(self) -> None:

@@ -27,7 +27,7 @@ class StateTensor:
 
     kind: conv | key | value | key_scale | value_scale | key_zero_point | value_zero_point
     update: `replace` (a step gives a whole new value) or `append` (a step writes its rows at `position`
-        along dimension 1, and leaves the others as they are)
+        along dimension `axis`, and leaves the others as they are)
     initial: the value that every element has in a fresh session
     """
 
@@ -38,11 +38,16 @@ class StateTensor:
     dtype: str
     update: str
     initial: float = 0.0
+    axis: int = 1
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The element type, as torch knows it."""
         return getattr(torch, self.dtype)
+
+    def filled(self, value: torch.Tensor, position: int) -> torch.Tensor:
+        """What of its value a session at `position` has written: a view."""
+        return value.narrow(self.axis, 0, position) if self.update == APPEND else value
 
     @property
     def nbytes(self) -> int:
@@ -69,19 +74,23 @@ class StateSpec:
     context: int
 
     @classmethod
-    def of(cls, config: ModelConfig, context: int, kv_dtype: str = "float32") -> StateSpec:
+    def of(cls, config: ModelConfig, context: int, kv_dtype: str = "float32",
+           heads_first: bool = False) -> StateSpec:
         """The state of `config` at a context of `context` tokens.
 
         conv: float32 [1, hidden, taps - 1], the last columns of B*x (none where there is a single tap)
-        key, value: [1, context, kv_heads, head_dim]; at `kv_dtype` int8 with a float32 scale and an int8
-            zero point for each position and head, [1, context, kv_heads, 1]
+        key, value: [1, context, kv_heads, head_dim]; at `kv_dtype` int8 with a float32 scale and an int8 zero
+            point for each position and head, [1, context, kv_heads, 1]
+        heads_first: key, value are [1, kv_heads, context, head_dim]; at int8 the scales are constants of the
+            program, one for each channel
         """
         tensors: list[StateTensor] = []
-        rows = (1, context, config.num_key_value_heads)
+        heads = config.num_key_value_heads
+        rows = (1, heads, context) if heads_first else (1, context, heads)
 
         def cache(layer: int, kind: str, width: int, dtype: str, initial: float = 0.0) -> StateTensor:
             name = f"past_key_values.{layer}.{kind}"
-            return StateTensor(name, layer, kind, (*rows, width), dtype, APPEND, initial)
+            return StateTensor(name, layer, kind, (*rows, width), dtype, APPEND, initial, 2 if heads_first else 1)
 
         for layer in range(config.num_layers):
             if layer in config.conv_layers:
@@ -91,10 +100,15 @@ class StateSpec:
                 continue
             for part in ("key", "value"):
                 tensors.append(cache(layer, part, config.head_dim, kv_dtype))
-                if kv_dtype == "int8":
+                if kv_dtype == "int8" and not heads_first:
                     tensors.append(cache(layer, f"{part}_scale", 1, "float32", 1.0))
                     tensors.append(cache(layer, f"{part}_zero_point", 1, "int8"))
         return cls(tuple(tensors), context)
+
+    def for_reference(self, config: ModelConfig) -> StateSpec:
+        """The layout in which the reference holds the same state: positions first, 8-bit rows where these are."""
+        in_rows = any(tensor.kind == "key_scale" for tensor in self.tensors)
+        return StateSpec.of(config, self.context, "int8" if in_rows else "float32")
 
     def of_layer(self, layer: int) -> list[int]:
         """Indices of the tensors that belong to `layer`."""

@@ -26,14 +26,14 @@ class ReferenceSession(Session):
     """A session over the reference network.
 
     weights: float32, or quantized (then: the same integers as an artifact, float32 arithmetic)
-    int8_activations: round the inputs of linear layers as the target's backend does
+    activations: how the target's backend rounds the inputs of linear layers (`quantization.activations`)
     chunk: most tokens a step takes; all at once by default
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, spec: StateSpec, *,
-                 int8_activations: bool = False, chunk: int | None = None) -> None:
+                 activations: str = "float", chunk: int | None = None) -> None:
         super().__init__(spec, config.vocab_size, chunk or spec.context)
-        self.decoder = Decoder(config, weights, spec, Lowering(int8_activations))
+        self.decoder = Decoder(config, weights, spec, Lowering(activations))
         self._jitter: list[RemovableHandle] = []
 
     def jitter(self, seed: int) -> None:

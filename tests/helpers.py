@@ -96,7 +96,7 @@ def fill_bundle(directory: Path, artifact: bytes = b"not a real program", target
     (directory / "model.pte").write_bytes(artifact)
     write_chatml_tokenizer(directory, config.vocab_size)
     Manifest(target=target, artifact="model.pte", state_mode="explicit", prefill_chunk=16, config=config,
-             recipe=recipe(4, 32, 8, True), state=StateSpec.of(config, 64), lowering={}, source="made by a test",
+             recipe=recipe(4, 32, 8, "int8 rows"), state=StateSpec.of(config, 64), lowering={}, source="made by a test",
              source_sha256="0" * 64, licence="none", weights_sha256="0" * 64, versions={"lfm-edge": "0"},
              ).write(directory)
 

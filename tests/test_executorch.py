@@ -58,7 +58,7 @@ def test_prompts_of_one_token_and_of_exactly_the_context(awkward_bundle):
     checkpoint = open_checkpoint(awkward_bundle.manifest.source)
     manifest = awkward_bundle.manifest
     reference = ReferenceSession(checkpoint.config, quantize_checkpoint(checkpoint, manifest.recipe), manifest.state,
-                                 int8_activations=True)
+                                 activations="int8 rows")
     session = awkward_bundle.session()
     for length in (1, manifest.prefill_chunk, manifest.prefill_chunk + 1, manifest.state.context):
         tokens = [20 + index % 250 for index in range(length)]
@@ -86,7 +86,7 @@ def test_the_state_is_changed_where_it_lies_and_is_no_output(awkward_bundle):
 
 def test_no_operator_copies_a_cache(awkward_bundle):
     """The only copies are those of the conv states; a cache is written by update_cache alone."""
-    portable = awkward_bundle.manifest.lowering["portable"]
+    portable = awkward_bundle.manifest.lowering["left portable"]
     assert portable.get("aten::copy_", 0) == len(awkward_bundle.manifest.config.conv_layers)
     assert portable["llama::update_cache"] == 6 * len(awkward_bundle.manifest.config.attention_layers)
     assert not any("clone" in name or "copy.out" in name for name in portable)

@@ -95,11 +95,11 @@ def test_rows_are_quantized_independently():
 
 def test_a_group_size_that_does_not_divide_is_refused_with_the_weights_name():
     with pytest.raises(ExportError, match=r"w1\.weight: 96 columns are not a multiple of the group size 64"):
-        recipe(4, 64, 8, True).scheme("model.layers.0.feed_forward.w1.weight", (10, 96))
+        recipe(4, 64, 8, "int8 rows").scheme("model.layers.0.feed_forward.w1.weight", (10, 96))
 
 
 def test_the_recipe_keeps_norms_and_convolutions_in_float_and_the_head_at_eight_bits():
-    weights_of = quantize_checkpoint(open_checkpoint(TINY), recipe(4, 32, 8, True))
+    weights_of = quantize_checkpoint(open_checkpoint(TINY), recipe(4, 32, 8, "int8 rows"))
     bits = {name: w.bits if isinstance(w, QuantizedTensor) else None for name, w in weights_of.items()}
     assert bits["model.embed_tokens.weight"] == 8
     assert bits["model.layers.0.feed_forward.w2.weight"] == 4
@@ -111,7 +111,7 @@ def test_the_recipe_keeps_norms_and_convolutions_in_float_and_the_head_at_eight_
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("head", [4, 8])
 def test_recipes_survive_the_manifest(bits, head):
-    made = recipe(bits, 64, head, True)
+    made = recipe(bits, 64, head, "int8 rows")
     assert Recipe.from_dict(made.to_dict()) == made
 
 

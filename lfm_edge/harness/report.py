@@ -103,10 +103,9 @@ def bundle_table(bundle: Bundle) -> Table:
 
 
 def _lowering_rows(lowering: dict) -> list[tuple[str, str]]:
-    if not lowering:
-        return []
-    portable = ", ".join(f"{name} x{count}" for name, count in lowering["portable"].items())
-    return [("delegates", str(lowering["delegates"])), ("left portable", portable)]
+    """What the exporter tells: numbers, and counts by name."""
+    return [(key, ", ".join(f"{name} x{count}" for name, count in value.items()) if isinstance(value, dict)
+             else str(value)) for key, value in lowering.items()]
 
 
 def _scheme(entry: dict) -> str:

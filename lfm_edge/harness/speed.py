@@ -161,7 +161,7 @@ def _summary(bundle: Bundle, rounds: list[Round], prompt_tokens: int, generate_t
         anonymous_bytes=int(statistics.median(r.peak.anonymous for r in rounds)),
         file_backed_bytes=int(statistics.median(r.peak.file_backed for r in rounds)),
         baseline_bytes=int(statistics.median(r.baseline.resident for r in rounds)),
-        artifact_bytes=bundle.artifact.stat().st_size, state_bytes=bundle.manifest.state.nbytes, budget_bytes=budget)
+        artifact_bytes=bundle.artifact_bytes, state_bytes=bundle.manifest.state.nbytes, budget_bytes=budget)
 
 
 def _main() -> None:

@@ -113,8 +113,8 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     found = _check_weights(bundle, weights)
     progress.stage("run the quantized reference")
     torch_runtime = reference_runtime()
-    reference = torch_runtime.ReferenceSession(manifest.config, weights, manifest.state,
-                                               int8_activations=manifest.recipe.int8_activations)
+    reference = torch_runtime.ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),
+                                               activations=manifest.recipe.activations)
     del weights
     theirs = parity.run_phases(reference, tokens, phases)
     quantized_logits = reference.score(tokens)

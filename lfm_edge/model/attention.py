@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from lfm_edge.config import ModelConfig
 from lfm_edge.model.weights import LayerWeights
-
-
-def rotary_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
-    """cos and sin for every position, float32 [context, head_dim] (half-rotation layout).
-
-    The angles are float32 products, as in the published implementation: a more exact table would be
-    a different model at long contexts.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta ** exponents
-    angles = torch.arange(context, dtype=torch.float32)[:, None] * frequencies  # [context, D / 2]
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
 
 
 class Attention(nn.Module):
@@ -38,14 +26,13 @@ class Attention(nn.Module):
         self.query_shape = (config.num_attention_heads, config.head_dim)
         self.key_shape = (config.num_key_value_heads, config.head_dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], position: int,
-                state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """x: float32 [B, T, H]; rotary: cos and sin, float32 [T, 1, D]; state: the layer's caches"""
+    def forward(self, x: Tensor, place: Any, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """x: float32 [B, T, H]; place: where the tokens stand, as the lowering says it; state: the layer's caches"""
         batch = x.shape[0]
         query = self.q_proj(x).view(batch, -1, *self.query_shape)
         key = self.k_proj(x).view(batch, -1, *self.key_shape)
         value = self.v_proj(x).view(batch, -1, *self.key_shape)
-        query = self.rotary(self.q_layernorm(query), *rotary)
-        key = self.rotary(self.k_layernorm(key), *rotary)
-        out, state = self.attend(query, key, value, state, position)  # [B, T, heads, D]
+        query = self.rotary(self.q_layernorm(query), place)
+        key = self.rotary(self.k_layernorm(key), place)
+        out, state = self.attend(query, key, value, state, place)  # [B, T, heads, D]
         return self.out_proj(out.reshape(batch, -1, self.query_shape[0] * self.query_shape[1])), state

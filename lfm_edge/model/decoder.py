@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from lfm_edge.config import CONV, ModelConfig
-from lfm_edge.model.attention import Attention, rotary_tables
+from lfm_edge.model.attention import Attention
 from lfm_edge.model.lowering import Lowering
 from lfm_edge.model.short_conv import ShortConv
 from lfm_edge.model.weights import LayerWeights, Weights
@@ -38,14 +39,17 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(weights)
         self.is_conv = kind == CONV
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], position: int,
-                state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """x: float32 [B, T, H]; state: this layer's tensors -> the same"""
+    def forward(self, x: Tensor, place: Any, state: list[Tensor],
+                first_kept: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """x: float32 [B, T, H]; state: this layer's tensors -> the same
+
+        first_kept: tokens before it are left out once the operator has mixed them into the others
+        """
         if self.is_conv:
             out, state = self.operator(self.operator_norm(x), state)
         else:
-            out, state = self.operator(self.operator_norm(x), rotary, position, state)
-        x = x + out
+            out, state = self.operator(self.operator_norm(x), place, state)
+        x = (x + out)[:, first_kept:] if first_kept else x + out
         return x + self.feed_forward(self.ffn_norm(x)), state
 
 
@@ -70,9 +74,7 @@ class Decoder(nn.Module):
             for index, kind in enumerate(config.layer_types))
         self.embedding_norm = lowering.norm(weights["model.embedding_norm.weight"], config.norm_eps)
         self.lm_head = lowering.linear(head, None)
-        cos, sin = rotary_tables(config, state.context)
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+        self.positions = lowering.positions(config, state.context)
         self.state = state
         self.all_logits = all_logits
         self.eval()
@@ -80,21 +82,19 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """One step: any number of tokens, from `position` on.
 
-        tokens: int64 [1, T]; position: int64 [1], the number of tokens before these
+        tokens: int64 [1, T]; position: int64 [1], the number of tokens before these, or whatever else tells the
+            lowering's `positions` where they stand
         state: every tensor of the spec, in its order
         Returns logits float32 [1, 1, vocab] of the last token ([1, T, vocab] with `all_logits`), and the
         next state.
         """
         length = tokens.shape[1]
-        start = position.item()
-        torch._check(start >= 0)
-        torch._check(start + length <= self.state.context)
+        place = self.positions(position, length)
         x = self.embed_tokens(tokens)  # [1, T, H]
-        rotary = tuple(table.narrow(0, start, length).unsqueeze(1) for table in (self.cos, self.sin))  # [T, 1, D]
         following: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            x, updated = layer(x, rotary, start, [state[i] for i in self.state.of_layer(index)])
+            # Only the last token's logits are wanted, so the last feed-forward need not see the others.
+            is_last = index == len(self.layers) - 1 and not self.all_logits
+            x, updated = layer(x, place, [state[i] for i in self.state.of_layer(index)], length - 1 if is_last else 0)
             following += updated
-        if not self.all_logits:
-            x = x[:, length - 1:]
         return self.lm_head(self.embedding_norm(x)), following

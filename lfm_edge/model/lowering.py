@@ -8,11 +8,15 @@ same network into that backend's terms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lfm_edge.quantization.activations import fake_quantize_rows
+from lfm_edge.config import ModelConfig
+from lfm_edge.quantization.activations import rounding
 from lfm_edge.quantization.tensor import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
@@ -21,16 +25,21 @@ Weight = Tensor | QuantizedTensor
 class Lowering:
     """The reference pieces.
 
-    int8_activations: linear layers round each row of their input to 8 bits first, for targets whose
-        backend does
+    activations: how linear layers with quantized weights round their input first, as the target's backend
+        does (see `quantization.activations`)
     """
 
-    def __init__(self, int8_activations: bool = False) -> None:
-        self.int8_activations = int8_activations
+    def __init__(self, activations: str = "float") -> None:
+        self.activations = activations
+
+    def positions(self, config: ModelConfig, context: int) -> nn.Module:
+        """position int64 [1] and a number of tokens -> where they stand, as `rotary` and `attention` want it"""
+        return Positions(config, context)
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         """[..., cols] -> [..., rows]"""
-        return Linear(_dense(weight), bias, self.int8_activations)
+        round_input = rounding(self.activations, weight) if isinstance(weight, QuantizedTensor) else None
+        return Linear(_dense(weight), bias, round_input)
 
     def split_linear(self, weight: Weight, bias: Tensor | None, parts: int) -> nn.Module:
         """[..., cols] -> `parts` tensors [..., rows / parts]"""
@@ -45,7 +54,7 @@ class Lowering:
         return RMSNorm(weight, eps)
 
     def rotary(self, head_dim: int) -> nn.Module:
-        """x [B, T, heads, D], cos and sin [T, 1, D] -> x rotated"""
+        """x [B, T, heads, D] and where it stands -> x rotated"""
         return Rotary()
 
     def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -53,7 +62,7 @@ class Lowering:
         return CausalConv(weight, bias)
 
     def attention(self, scale: float) -> nn.Module:
-        """query, key, value [B, T, heads, D], caches, position -> [B, T, heads, D], next caches"""
+        """query, key, value [B, T, heads, D], caches, where they stand -> [B, T, heads, D], next caches"""
         return CachedAttention(scale)
 
 
@@ -66,19 +75,61 @@ def frozen(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
+class Place(NamedTuple):
+    """Where the tokens of a step stand.
+
+    start: number of tokens before them; cos, sin: float32 [T, 1, D], the rotation of each
+    """
+
+    start: int
+    cos: Tensor
+    sin: Tensor
+
+
+class Positions(nn.Module):
+    """Rotary tables of the whole context (half-rotation layout), and the rows of one step."""
+
+    def __init__(self, config: ModelConfig, context: int) -> None:
+        super().__init__()
+        angles = rotary_angles(config, context)
+        angles = torch.cat([angles, angles], dim=-1)  # [context, D]
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+        self.context = context
+
+    def forward(self, position: Tensor, length: int) -> Place:
+        """position: int64 [1]; length: tokens of the step"""
+        start = position.item()
+        torch._check(start >= 0)
+        torch._check(start + length <= self.context)
+        cos, sin = (table.narrow(0, start, length).unsqueeze(1) for table in (self.cos, self.sin))
+        return Place(start, cos, sin)
+
+
+def rotary_angles(config: ModelConfig, context: int) -> Tensor:
+    """The angle of every position and frequency, float32 [context, D / 2].
+
+    They are float32 products, as in the published implementation: a more exact table would be a different
+    model at long contexts.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta ** exponents
+    return torch.arange(context, dtype=torch.float32)[:, None] * frequencies
+
+
 class Linear(nn.Module):
     """`x @ weight.T + bias` in float32, of an input rounded to 8 bits where the backend does that."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, int8_activations: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, round_input: Callable[[Tensor], Tensor] | None) -> None:
         super().__init__()
         self.weight = frozen(weight)
         self.bias = frozen(bias)
-        self.int8_activations = int8_activations
+        self.round_input = round_input
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 [..., cols] -> float32 [..., rows]"""
-        if self.int8_activations:
-            x = fake_quantize_rows(x)
+        if self.round_input is not None:
+            x = self.round_input(x)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -123,10 +174,10 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al., 2021) in the half-rotation layout."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: float32 [B, T, heads, D]; cos, sin: float32 [T, 1, D] -> the shape of x"""
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """x: float32 [B, T, heads, D] -> the same shape"""
         first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
+        return x * place.cos + torch.cat([-second, first], dim=-1) * place.sin
 
 
 class CausalConv(nn.Module):
@@ -157,8 +208,9 @@ class CachedAttention(nn.Module):
         self.scale = scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
-                position: int) -> tuple[Tensor, list[Tensor]]:
+                place: Place) -> tuple[Tensor, list[Tensor]]:
         """query: float32 [B, T, heads, D]; key, value: float32 [B, T, kv_heads, D], rotated already"""
+        position = place.start
         end = position + query.shape[1]
         if len(state) == 2:
             state = [_written(cache, rows, position) for cache, rows in zip(state, (key, value), strict=True)]

@@ -1,9 +1,42 @@
-"""Dynamic 8-bit activations, as XNNPACK computes them for its `qd8` kernels."""
+"""Dynamic 8-bit activations: how each backend rounds the input of a linear layer at run time.
+
+- `float`: not at all.
+- `int8 rows`: XNNPACK's `qd8` kernels, one asymmetric range for each row.
+- `int8 blocks`: MatMulNBits at accuracy level 4 (MLAS on x86-64), one symmetric scale for each row and block
+  of columns, the blocks being those of the weight.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from lfm_edge.quantization.tensor import QuantizedTensor
+
+ACTIVATIONS = ("float", "int8 rows", "int8 blocks")
+_CHANNEL_BLOCKS = (128, 64, 32, 16)
+
+
+def rounding(activations: str, weight: QuantizedTensor) -> Callable[[Tensor], Tensor] | None:
+    """How the input of a linear layer with this weight is rounded; None for not at all."""
+    if activations == "int8 rows":
+        return fake_quantize_rows
+    if activations == "int8 blocks":
+        return partial(fake_quantize_blocks, block=column_block(weight))
+    return None
+
+
+def column_block(weight: QuantizedTensor) -> int:
+    """Columns that a blockwise kernel takes together: the weight's own groups, or of a channel some that divide it.
+
+    0 where no block does.
+    """
+    if weight.group_size in _CHANNEL_BLOCKS:
+        return weight.group_size
+    return next((block for block in _CHANNEL_BLOCKS if weight.group_size % block == 0), 0)
 
 
 def fake_quantize_rows(x: Tensor) -> Tensor:
@@ -21,3 +54,14 @@ def fake_quantize_rows(x: Tensor) -> Tensor:
     zero = zero.clamp(-128.0, 127.0).round()
     ints = (x * inverse).round().add(zero).clamp(-128.0, 127.0)
     return (ints - zero) * (1.0 / inverse)
+
+
+def fake_quantize_blocks(x: Tensor, block: int) -> Tensor:
+    """Round to 8 bits and back: symmetric, a scale for each row and `block` columns, the largest value at 127.
+
+    x: float32 [..., cols] -> the same shape
+    """
+    blocks = x.unflatten(-1, (-1, block))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest == 0, torch.zeros_like(largest), 127.0 / largest)
+    return ((blocks * inverse).round() * (largest / 127.0)).flatten(-2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfm_edge.errors import ExportError
+from lfm_edge.quantization.activations import ACTIVATIONS
 
 GROUP_SIZES = (32, 64, 128)
 HEAD_BITS = (4, 8)
@@ -28,12 +29,12 @@ class Recipe:
 
     body: scheme of the linear layers
     head: scheme of the embedding and the head, which a tied model shares
-    int8_activations: the backend rounds the inputs of linear layers to 8 bits, row by row
+    activations: how the backend rounds the inputs of linear layers, one of `activations.ACTIVATIONS`
     """
 
     body: Scheme
     head: Scheme
-    int8_activations: bool
+    activations: str
 
     def scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:
         """The scheme of a weight, or None where it stays in float32 (norms, biases, depthwise convolutions).
@@ -53,7 +54,7 @@ class Recipe:
             return {"bits": scheme.bits, "group_size": scheme.group_size or "channel"}
 
         return {"body": entry(self.body), "head": entry(self.head),
-                "activations": "int8 dynamic" if self.int8_activations else "float"}
+                "activations": self.activations}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Recipe:
@@ -61,13 +62,15 @@ class Recipe:
         def scheme(entry: dict[str, Any]) -> Scheme:
             return Scheme(entry["bits"], None if entry["group_size"] == "channel" else entry["group_size"])
 
-        return cls(scheme(raw["body"]), scheme(raw["head"]), raw["activations"] == "int8 dynamic")
+        if raw["activations"] not in ACTIVATIONS:
+            raise ValueError(f"activations is {raw['activations']!r}; known are {', '.join(ACTIVATIONS)}")
+        return cls(scheme(raw["body"]), scheme(raw["head"]), raw["activations"])
 
 
 PER_CHANNEL_8 = Scheme(8, None)
 
 
-def recipe(bits: int, group_size: int, head_bits: int, int8_activations: bool) -> Recipe:
+def recipe(bits: int, group_size: int, head_bits: int, activations: str) -> Recipe:
     """The `q4` or `q8` recipe: `bits` in the linear layers, `head_bits` in embedding and head."""
     schemes = {4: Scheme(4, group_size), 8: PER_CHANNEL_8}
-    return Recipe(schemes[bits], schemes[head_bits], int8_activations)
+    return Recipe(schemes[bits], schemes[head_bits], activations)

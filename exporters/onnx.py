@@ -1,0 +1,431 @@
+"""ONNX: `onnx/model_q4.onnx` or `onnx/model_quantized.onnx`, for ONNX Runtime's CPU provider and its clients.
+
+The lowering below writes the fused pieces as operators of the `com.microsoft` domain while torch.export traces
+the network; torch.onnx turns the trace into a graph. Quantized weights are not in memory while that happens:
+each is packed when the external data file is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.onnx import ops
+
+from lfm_edge.config import ModelConfig
+from lfm_edge.errors import ExportError
+from lfm_edge.exporting import Artifact, ExportJob
+from lfm_edge.model.decoder import Decoder
+from lfm_edge.model.lowering import Lowering, Weight, frozen, rotary_angles
+from lfm_edge.model.weights import Weights
+from lfm_edge.quantization.activations import column_block
+from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.state import StateSpec, StateTensor
+
+OPSET = 23  # the first with RMSNormalization
+MICROSOFT = "com.microsoft"
+INT8_MULTIPLY = 4  # MatMulNBits' accuracy level at which activations are rounded to 8 bits, too
+_ALIGNMENT = 4096  # of external tensors: whole pages, so that a runtime can map them
+_INLINE_BYTES = 1024  # smaller tensors stay in the graph
+_LARGEST_FILE = 2_000_000_000  # of external data: what a browser can hold in one buffer
+
+
+def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> Artifact:
+    """Write the graph, its external data, and the configuration files of its clients into `directory`.
+
+    The graph takes `input_ids` int64 [1, T], `attention_mask` int64 [1, P + T] and the state, and gives the
+    logits of the last token, float32 [1, 1, vocab], and the next state.
+    """
+    lowering = OnnxLowering()
+    program = ExplicitState(Decoder(job.config, job.weights, job.state, lowering))
+    progress("trace")
+    with _quiet(), torch.no_grad():
+        model = _trace(program, job.state)
+        _simplify(model, lowering.packed)
+    _fuse_skip_norms(model.graph)
+    _strip(model)
+    name = artifact_name(job)
+    (directory / "onnx").mkdir()
+    progress("write the weights")
+    _write(model, lowering.packed, directory / "onnx" / name)
+    return Artifact(f"onnx/{name}", _operators(model.graph), _USAGE)
+
+
+def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
+    """Every quantized weight, by name, as its bytes must stand in the external data: codes and scales apart."""
+    for name, weight in weights.items():
+        if isinstance(weight, QuantizedTensor):
+            yield f"{name}: codes", pack_codes(weight).tobytes()
+            yield f"{name}: scales", pack_scales(weight).tobytes()
+
+
+def artifact_name(job: ExportJob) -> str:
+    """The file name that transformers.js looks for: `q4`, or `q8` under its older name."""
+    return "model_q4.onnx" if job.recipe.body.bits == 4 else "model_quantized.onnx"
+
+
+class Packed(NamedTuple):
+    """A constant of the graph that is made when it is written. Those with one `key` have the same bytes."""
+
+    key: tuple[int, str]
+    make: Callable[[], np.ndarray]
+
+
+class OnnxLowering(Lowering):
+    """The pieces as operators of ONNX Runtime.
+
+    packed: what stands behind each placeholder of the trace, by its address
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: dict[int, Packed] = {}
+
+    def positions(self, config: ModelConfig, context: int) -> nn.Module:
+        return Positions(config, context)
+
+    def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
+        return QuantizedLinear(self, _quantized_only(weight), bias)
+
+    def embedding(self, weight: Weight) -> nn.Module:
+        return QuantizedEmbedding(self, _quantized_only(weight))
+
+    def norm(self, weight: Tensor, eps: float) -> nn.Module:
+        return RMSNorm(weight, eps)
+
+    def rotary(self, head_dim: int) -> nn.Module:
+        return RotatedLater()
+
+    def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return CausalConv(weight, bias) if weight.shape[-1] > 1 else Scale(weight, bias)
+
+    def attention(self, scale: float) -> nn.Module:
+        return GroupQueryAttention(scale)
+
+    def codes(self, weight: QuantizedTensor, *shape: int) -> Tensor:
+        """A placeholder for the weight's codes, uint8."""
+        return self._placeholder(shape, torch.uint8, Packed((id(weight), "codes"), lambda: pack_codes(weight)))
+
+    def scales(self, weight: QuantizedTensor) -> Tensor:
+        """A placeholder for the weight's scales, float32 [rows, blocks]."""
+        shape = (weight.shape[0], weight.shape[1] // column_block(weight))
+        return self._placeholder(shape, torch.float32, Packed((id(weight), "scales"), lambda: pack_scales(weight)))
+
+    def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, packed: Packed) -> Tensor:
+        """A tensor to trace with: the shape of the constant, and no memory."""
+        tensor = torch.zeros(1, dtype=dtype).expand(shape)
+        self.packed[tensor.data_ptr()] = packed
+        return tensor
+
+
+def _quantized_only(weight: Weight) -> QuantizedTensor:
+    if not isinstance(weight, QuantizedTensor):
+        raise ExportError("ONNX bundles are quantized; float kernels are no target of ours")
+    if not column_block(weight):
+        raise ExportError(f"a weight has {weight.shape[1]} columns; MatMulNBits takes a multiple of 16")
+    return weight
+
+
+def pack_codes(weight: QuantizedTensor) -> np.ndarray:
+    """Codes plus half their range, unsigned, the even column in the low half of a byte: uint8 [rows, bytes]."""
+    codes = weight.ints.numpy().view(np.uint8) + np.uint8(2 ** (weight.bits - 1))
+    return codes if weight.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def pack_scales(weight: QuantizedTensor) -> np.ndarray:
+    """A scale for every block of the kernel, float32 [rows, blocks]; the blocks of a channel share its scale."""
+    return np.repeat(weight.scales.numpy(), weight.group_size // column_block(weight), axis=1)
+
+
+def _microsoft(name: str, inputs: Sequence[Tensor | None], attributes: dict[str, Any], like: Tensor,
+               shape: Sequence[Any]) -> Tensor:
+    """One operator of ONNX Runtime's own domain, in the trace."""
+    return ops.symbolic(f"{MICROSOFT}::{name}", inputs, attributes, dtype=like.dtype, shape=shape, version=1)
+
+
+class QuantizedLinear(nn.Module):
+    """MatMulNBits: 4- or 8-bit blocks of columns, activations rounded to 8 bits block by block."""
+
+    def __init__(self, lowering: OnnxLowering, weight: QuantizedTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        rows, cols = weight.shape
+        block = column_block(weight)
+        self.register_buffer("codes", lowering.codes(weight, rows, cols // block, block * weight.bits // 8))
+        self.register_buffer("scales", lowering.scales(weight))
+        self.bias = frozen(bias)
+        self.rows = rows
+        self.attributes = {"K": cols, "N": rows, "bits": weight.bits, "block_size": block,
+                           "accuracy_level": INT8_MULTIPLY}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [1, T, cols] -> float32 [1, T, rows]"""
+        inputs = (x, self.codes, self.scales, *(() if self.bias is None else (None, None, self.bias)))
+        return _microsoft("MatMulNBits", inputs, self.attributes, x, (*x.shape[:-1], self.rows))
+
+
+class QuantizedEmbedding(nn.Module):
+    """GatherBlockQuantized over the very bytes that a tied head multiplies with."""
+
+    def __init__(self, lowering: OnnxLowering, weight: QuantizedTensor) -> None:
+        super().__init__()
+        rows, cols = weight.shape
+        self.register_buffer("codes", lowering.codes(weight, rows, cols * weight.bits // 8))
+        self.register_buffer("scales", lowering.scales(weight))
+        self.cols = cols
+        self.attributes = {"bits": weight.bits, "block_size": column_block(weight), "gather_axis": 0,
+                           "quantize_axis": 1}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [1, T] -> float32 [1, T, hidden]"""
+        return _microsoft("GatherBlockQuantized", (self.codes, tokens, self.scales), self.attributes, self.scales,
+                          (*tokens.shape, self.cols))
+
+
+class RMSNorm(nn.Module):
+    """ONNX's RMSNormalization. Where it follows a residual sum, `_fuse_skip_norms` joins the two."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = frozen(weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., size] -> the same shape"""
+        return ops.symbolic("::RMSNormalization", (x, self.weight), {"axis": -1, "epsilon": self.eps}, dtype=x.dtype,
+                            shape=x.shape, version=OPSET)
+
+
+class Place(NamedTuple):
+    """What GroupQueryAttention asks for: positions counted from the attention mask, and whole rotary tables."""
+
+    total: int  # P + T
+    last_position: Tensor  # int32 [1]
+    total_length: Tensor  # int32 []: the same as `total`
+    cos: Tensor  # float32 [context, D / 2]
+    sin: Tensor
+
+
+class Positions(nn.Module):
+    """Where the tokens stand, told by the attention mask: clients feed no positions."""
+
+    def __init__(self, config: ModelConfig, context: int) -> None:
+        super().__init__()
+        angles = rotary_angles(config, context)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, attention_mask: Tensor, length: int) -> Place:
+        """attention_mask: int64 [1, P + T], all ones"""
+        total = attention_mask.shape[1]
+        last_position = (attention_mask.sum(dim=1) - 1).to(torch.int32)
+        return Place(total, last_position, torch.scalar_tensor(total, dtype=torch.int32), self.cos, self.sin)
+
+
+class RotatedLater(nn.Module):
+    """GroupQueryAttention rotates queries and keys itself."""
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """x: float32 [1, T, heads, D] -> itself"""
+        return x
+
+
+class CausalConv(nn.Module):
+    """CausalConvWithState over activations as they lie, [1, T, H].
+
+    In that layout the operator wants its state as [1, taps - 1, H]. Clients keep it as [1, H, taps - 1]: to turn
+    the few columns of the state costs less than to turn every activation.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = frozen(weight)
+        self.bias = frozen(bias)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x: float32 [1, T, H]; state: float32 [1, H, taps - 1] -> the same"""
+        past = state.transpose(1, 2)
+        out, present = ops.symbolic_multi_out(
+            f"{MICROSOFT}::CausalConvWithState", (x, self.weight, self.bias, past), {"channels_last": 1},
+            dtypes=(x.dtype, past.dtype), shapes=(x.shape, past.shape), version=1)
+        return out, present.transpose(1, 2)
+
+
+class Scale(nn.Module):
+    """A convolution of one tap: a weight for each channel, and no state."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = frozen(weight.flatten())
+        self.bias = frozen(bias)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x: float32 [1, T, H]; state: float32 [1, H, 0]"""
+        x = x * self.weight
+        return x if self.bias is None else x + self.bias, state
+
+
+class GroupQueryAttention(nn.Module):
+    """Rotates, appends to the caches (in place where past and present are one buffer), attends causally."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
+                place: Place) -> tuple[Tensor, list[Tensor]]:
+        """query: float32 [1, T, heads, D]; key, value: float32 [1, T, kv_heads, D]; state: [1, kv_heads, P, D]"""
+        heads, kv_heads = query.shape[2], key.shape[2]
+        present = (1, kv_heads, place.total, key.shape[3])
+        query, key, value = (x.flatten(2) for x in (query, key, value))
+        out, *state = ops.symbolic_multi_out(
+            f"{MICROSOFT}::GroupQueryAttention",
+            (query, key, value, *state, place.last_position, place.total_length, place.cos, place.sin),
+            {"num_heads": heads, "kv_num_heads": kv_heads, "scale": self.scale, "do_rotary": 1},
+            dtypes=(query.dtype, *(cache.dtype for cache in state)), shapes=(query.shape, present, present), version=1)
+        return out.unflatten(2, (heads, -1)), state
+
+
+class ExplicitState(nn.Module):
+    """The program: `(input_ids, attention_mask, *past) -> (logits, *present)`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """tokens: int64 [1, T]; attention_mask: int64 [1, P + T] -> logits, float32 [1, 1, vocab], and the state"""
+        logits, following = self.decoder(tokens, attention_mask, list(state))
+        return logits, *following
+
+
+def present_name(past: str) -> str:
+    """The output that gives the next value of a state tensor."""
+    return past.replace("past_key_values", "present").replace("past_conv", "present_conv")
+
+
+def _trace(program: ExplicitState, state: StateSpec) -> ir.Model:
+    length, past = Dim("sequence_length"), Dim("past_sequence_length")
+    sample = 3  # not 1, which torch would take for a constant
+    # No memory is needed to trace with: a cache of zeros is one zero, expanded.
+    tensors = [torch.zeros(1, dtype=tensor.torch_dtype).expand(*_sample_shape(tensor, sample))
+               for tensor in state.tensors]
+    dynamic = tuple({tensor.axis: past} if tensor.kind != "conv" else None for tensor in state.tensors)
+    names = [tensor.name for tensor in state.tensors]
+    tokens, mask = torch.zeros(1, sample, dtype=torch.int64), torch.ones(1, 2 * sample + 1, dtype=torch.int64)
+    exported = torch.onnx.export(
+        program, (tokens, mask, *tensors),
+        dynamic_shapes=({1: length}, {1: Dim("total_sequence_length")}, dynamic), dynamo=True, opset_version=OPSET,
+        input_names=["input_ids", "attention_mask", *names],
+        output_names=["logits", *map(present_name, names)], verbose=False, optimize=False)
+    return exported.model
+
+
+def _sample_shape(tensor: StateTensor, length: int) -> tuple[int, ...]:
+    return tuple(length if tensor.kind != "conv" and axis == tensor.axis else size
+                 for axis, size in enumerate(tensor.shape))
+
+
+def _simplify(model: ir.Model, packed: dict[int, Packed]) -> None:
+    """Fold constants and drop what is unused, with the packed weights out of sight.
+
+    Their placeholders are all zeros, and the optimizer would take two of one shape for the same.
+    """
+    hidden = {value: value.const_value for value in model.graph.initializers.values()
+              if _address(value.const_value) in packed}
+    for value in hidden:
+        value.const_value = None
+    optimizer.optimize_ir(model)
+    for value, tensor in hidden.items():
+        value.const_value = tensor
+
+
+def _address(tensor: ir.TensorProtocol) -> int | None:
+    """Where a tensor of torch lies; None for another."""
+    return tensor.raw.data_ptr() if isinstance(tensor.raw, Tensor) else None
+
+
+def _fuse_skip_norms(graph: ir.Graph) -> None:
+    """Join every residual sum with the norm that follows it: SkipSimplifiedLayerNormalization gives both."""
+    for norm in list(graph):
+        total = norm.inputs[0].producer() if norm.op_type == "RMSNormalization" else None
+        if total is None or total.op_type != "Add" or len(norm.inputs[0].shape) != 3:
+            continue
+        normed, summed = norm.outputs[0], total.outputs[0]
+        fused = ir.Node(MICROSOFT, "SkipSimplifiedLayerNormalization", [*total.inputs, norm.inputs[1]],
+                        [ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float())], num_outputs=4)
+        for old, new in ((normed, fused.outputs[0]), (summed, fused.outputs[3])):
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+        graph.insert_before(norm, fused)
+        ir.convenience.replace_all_uses_with((normed, summed), (fused.outputs[0], fused.outputs[3]))
+        graph.remove((norm, total), safe=True)
+
+
+def _strip(model: ir.Model) -> None:
+    """Take out what the trace left about the machine it ran on: stack traces, module paths, torch's version."""
+    graph = model.graph
+    for holder in (model, graph, *graph, *graph.inputs, *graph.initializers.values(),
+                   *(output for node in graph for output in node.outputs)):
+        holder.metadata_props.clear()
+    model.producer_name, model.producer_version, model.doc_string = "lfm-edge", None, None
+
+
+def _write(model: ir.Model, packed: dict[int, Packed], path: Path) -> int:
+    """Write the graph to `path` and its weights beside it, each packed when its turn comes.
+
+    Gives the number of files of external data: as many as keep each below what a browser can hold.
+    """
+    files: list[BinaryIO] = []
+    written: dict[tuple[int, str], tuple[str, int, int]] = {}
+    with contextlib.ExitStack() as stack:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            constant = packed.get(_address(tensor))
+            if constant is None and tensor.nbytes < _INLINE_BYTES:
+                continue
+            key = (id(tensor), "value") if constant is None else constant.key
+            if key not in written:
+                data = np.ascontiguousarray(tensor.numpy() if constant is None else constant.make())
+                if not files or files[-1].tell() + data.nbytes > _LARGEST_FILE:
+                    name = f"{path.name}_data" + (f"_{len(files)}" if files else "")
+                    files.append(stack.enter_context(path.with_name(name).open("wb")))
+                files[-1].write(bytes(-files[-1].tell() % _ALIGNMENT))
+                written[key] = (Path(files[-1].name).name, files[-1].tell(), data.nbytes)
+                files[-1].write(data.data)
+            name, offset, length = written[key]
+            value.const_value = ir.ExternalTensor(name, offset, length, tensor.dtype, shape=tensor.shape,
+                                                  name=value.name, base_dir=path.parent)
+    ir.save(model, path)
+    return len(files)
+
+
+def _operators(graph: ir.Graph) -> dict[str, Any]:
+    """How many of which operator the graph has."""
+    counts = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in graph)
+    return {"operators": dict(sorted(counts.items()))}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings and progress, which are about its own insides, off the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+_USAGE = ""
