@@ -134,7 +134,7 @@ class XnnpackLowering(Lowering):
     def rotary(self, head_dim: int) -> nn.Module:
         return Rotary(head_dim)
 
-    def attention(self, scale: float) -> nn.Module:
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
         return InPlaceAttention(scale)
 
 

@@ -8,6 +8,7 @@ each is packed when the external data file is written.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 from collections import Counter
@@ -58,7 +59,9 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     name = artifact_name(job)
     (directory / "onnx").mkdir()
     progress("write the weights")
-    _write(model, lowering.packed, directory / "onnx" / name)
+    files = _write(model, lowering.packed, directory / "onnx" / name)
+    _write_json(directory / "config.json", transformers_js_config(job, name, files))
+    _write_json(directory / "genai_config.json", genai_config(job, f"onnx/{name}"))
     return Artifact(f"onnx/{name}", _operators(model.graph), _USAGE)
 
 
@@ -110,8 +113,8 @@ class OnnxLowering(Lowering):
     def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return CausalConv(weight, bias) if weight.shape[-1] > 1 else Scale(weight, bias)
 
-    def attention(self, scale: float) -> nn.Module:
-        return GroupQueryAttention(scale)
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
+        return GroupQueryAttention(scale, kv_scales)
 
     def codes(self, weight: QuantizedTensor, *shape: int) -> Tensor:
         """A placeholder for the weight's codes, uint8."""
@@ -278,9 +281,13 @@ class Scale(nn.Module):
 class GroupQueryAttention(nn.Module):
     """Rotates, appends to the caches (in place where past and present are one buffer), attends causally."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
         self.scale = scale
+        if kv_scales is not None:
+            for name, scales in zip(("key_scales", "value_scales"), kv_scales, strict=True):
+                self.register_buffer(name, scales[None, :, None].contiguous())  # [1, kv_heads, 1, D]
+        self.is_quantized = kv_scales is not None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
                 place: Place) -> tuple[Tensor, list[Tensor]]:
@@ -288,10 +295,13 @@ class GroupQueryAttention(nn.Module):
         heads, kv_heads = query.shape[2], key.shape[2]
         present = (1, kv_heads, place.total, key.shape[3])
         query, key, value = (x.flatten(2) for x in (query, key, value))
+        inputs = [query, key, value, *state, place.last_position, place.total_length, place.cos, place.sin]
+        attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": self.scale, "do_rotary": 1}
+        if self.is_quantized:
+            inputs += [None, None, None, self.key_scales, self.value_scales]  # no positions, no bias, no sink
+            attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
         out, *state = ops.symbolic_multi_out(
-            f"{MICROSOFT}::GroupQueryAttention",
-            (query, key, value, *state, place.last_position, place.total_length, place.cos, place.sin),
-            {"num_heads": heads, "kv_num_heads": kv_heads, "scale": self.scale, "do_rotary": 1},
+            f"{MICROSOFT}::GroupQueryAttention", inputs, attributes,
             dtypes=(query.dtype, *(cache.dtype for cache in state)), shapes=(query.shape, present, present), version=1)
         return out.unflatten(2, (heads, -1)), state
 
@@ -426,6 +436,43 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+
+
+def transformers_js_config(job: ExportJob, name: str, files: int) -> dict[str, Any]:
+    """config.json with the section that transformers.js reads: which file, and in how many parts its weights are."""
+    section = {"dtype": "q4" if job.recipe.body.bits == 4 else "q8", "use_external_data_format": {name: files}}
+    return {**job.config.to_dict(), "transformers.js_config": section}
+
+
+def genai_config(job: ExportJob, path: str) -> dict[str, Any]:
+    """genai_config.json, which onnxruntime-genai loads the folder by."""
+    config, context = job.config, job.state.context
+    eos = list(config.eos_token_ids)
+    return {
+        "model": {
+            "type": config.model_type, "vocab_size": config.vocab_size, "context_length": context,
+            "bos_token_id": config.bos_token_id, "eos_token_id": eos if len(eos) > 1 else eos[0],
+            "pad_token_id": config.pad_token_id,
+            "decoder": {
+                "filename": path, "session_options": {"provider_options": []},
+                "hidden_size": config.hidden_size, "head_size": config.head_dim,
+                "num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads,
+                "num_hidden_layers": config.num_layers, "layer_types": list(config.layer_types),
+                "conv_cache_size": config.conv_taps - 1,
+                "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask",
+                           "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
+                           "past_conv_names": "past_conv.%d"},
+                "outputs": {"logits": "logits",
+                            "present_key_names": "present.%d.key", "present_value_names": "present.%d.value",
+                            "present_conv_names": "present_conv.%d"},
+            },
+        },
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": True},
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 _USAGE = ""

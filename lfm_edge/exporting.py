@@ -14,10 +14,13 @@ from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
+from lfm_edge.quantization.calibration import CALIBRATION_TOKENS, calibrate_kv, write_kv_scales
 from lfm_edge.quantization.recipe import GROUP_SIZES, HEAD_BITS, Recipe, recipe
 from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.sample import sample_tokens
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import Target, target_named
+from lfm_edge.tokenizer import TextTokenizer
 
 DEFAULT_MODEL = "LiquidAI/LFM2.5-1.2B-Instruct"
 DEFAULT_CONTEXT = 4096
@@ -84,11 +87,19 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         checkpoint.copy_text_files(directory)
         progress.stage("quantize", len(checkpoint.names))
         weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
+        digest = weights_digest(weights)
+        if layout.needs_kv_scales:
+            progress.stage("calibrate the 8-bit KV cache", checkpoint.config.num_layers)
+            tokens = sample_tokens(TextTokenizer(directory), checkpoint.config.vocab_size,
+                                   min(CALIBRATION_TOKENS, context))
+            scales = calibrate_kv(checkpoint.config, weights, bits.activations, tokens, progress.advance)
+            write_kv_scales(scales, directory)
+            weights |= scales
         exporter = chosen.exporter()
         job = ExportJob(checkpoint.config, weights, bits, layout, state, min(prefill_chunk, context))
         artifact = exporter.export(job, directory, progress.stage)
         progress.stage("seal the bundle")
-        manifest = _manifest(checkpoint, chosen, job, artifact)
+        manifest = _manifest(checkpoint, chosen, job, artifact, digest)
         (directory / "README.md").write_text(_readme(manifest, artifact.usage))
         manifest.write(directory)
     return Bundle.open(output)
@@ -111,12 +122,12 @@ def _check_options(target: Target, context: int | None, prefill_chunk: int, grou
         raise ExportError(f"--prefill-chunk {prefill_chunk}: a step takes at least 1 token")
 
 
-def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact) -> Manifest:
+def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact, digest: str) -> Manifest:
     return Manifest(
         target=target.name, artifact=artifact.path, state_mode=job.state_mode, prefill_chunk=job.prefill_chunk,
         config=job.config, recipe=job.recipe, state=job.state, lowering=artifact.lowering,
         source=checkpoint.source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
-        weights_sha256=weights_digest(job.weights),
+        weights_sha256=digest,
         versions={"lfm-edge": lfm_edge.__version__,
                   **{package: importlib.metadata.version(package) for package in ("torch", *target.requires)}})
 

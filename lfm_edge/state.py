@@ -105,6 +105,12 @@ class StateSpec:
                     tensors.append(cache(layer, f"{part}_zero_point", 1, "int8"))
         return cls(tuple(tensors), context)
 
+    @property
+    def needs_kv_scales(self) -> bool:
+        """Whether the caches have 8 bits, and their scales are constants of the program."""
+        kinds = {tensor.kind for tensor in self.tensors if tensor.dtype == "int8"}
+        return "key" in kinds and "key_zero_point" not in kinds
+
     def for_reference(self, config: ModelConfig) -> StateSpec:
         """The layout in which the reference holds the same state: positions first, 8-bit rows where these are."""
         in_rows = any(tensor.kind == "key_scale" for tensor in self.tensors)

@@ -110,7 +110,7 @@ _ONNX_PARITY = _XNNPACK_PARITY
 
 _ONNX = {
     "exporter_name": "onnx", "runtime_name": "onnxruntime", "requires": ("onnxruntime", "onnxscript"),
-    "activations": "int8 blocks", "kv_dtypes": ("float32",), "kv_heads_first": True,
+    "activations": "int8 blocks", "kv_dtypes": ("float32", "int8"), "kv_heads_first": True,
     "state_modes": ("explicit",), "runs_on": "any CPU (ONNX Runtime), browsers",
 }
 

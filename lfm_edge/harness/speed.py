@@ -21,7 +21,7 @@ from typing import Any
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.memory import Memory, forbid_locking, read_memory, reset_peak
-from lfm_edge.harness.sample import sample_tokens
+from lfm_edge.sample import sample_tokens
 
 
 @dataclass(frozen=True)

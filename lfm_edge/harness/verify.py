@@ -11,10 +11,11 @@ from lfm_edge.bundle import Bundle, weights_digest
 from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.errors import BundleError, CheckpointError
 from lfm_edge.harness import parity, quality
-from lfm_edge.harness.sample import sample_tokens
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
+from lfm_edge.quantization.calibration import read_kv_scales
 from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.sample import sample_tokens
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import reference_runtime
 
@@ -111,6 +112,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     _check_same_weights(bundle, weights)
     progress.stage("look the weights up in the artifact")
     found = _check_weights(bundle, weights)
+    weights |= read_kv_scales(bundle.directory) if manifest.state.needs_kv_scales else {}
     progress.stage("run the quantized reference")
     torch_runtime = reference_runtime()
     reference = torch_runtime.ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),

@@ -22,7 +22,9 @@ class Attention(nn.Module):
         self.q_layernorm = weights.norm("self_attn.q_layernorm", config.norm_eps)
         self.k_layernorm = weights.norm("self_attn.k_layernorm", config.norm_eps)
         self.rotary = weights.lowering.rotary(config.head_dim)
-        self.attend = weights.lowering.attention(scale=config.head_dim ** -0.5)
+        kv_scales = (weights.optional("self_attn.k_scale"), weights.optional("self_attn.v_scale"))
+        self.attend = weights.lowering.attention(
+            scale=config.head_dim ** -0.5, kv_scales=None if kv_scales[0] is None else kv_scales)
         self.query_shape = (config.num_attention_heads, config.head_dim)
         self.key_shape = (config.num_key_value_heads, config.head_dim)
 

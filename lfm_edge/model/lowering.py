@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lfm_edge.config import ModelConfig
-from lfm_edge.quantization.activations import rounding
+from lfm_edge.quantization.activations import fake_quantize, rounding
 from lfm_edge.quantization.tensor import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
@@ -61,9 +61,12 @@ class Lowering:
         """x [B, T, H], state [B, H, taps - 1] -> y [B, T, H], next state"""
         return CausalConv(weight, bias)
 
-    def attention(self, scale: float) -> nn.Module:
-        """query, key, value [B, T, heads, D], caches, where they stand -> [B, T, heads, D], next caches"""
-        return CachedAttention(scale)
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
+        """query, key, value [B, T, heads, D], caches, where they stand -> [B, T, heads, D], next caches
+
+        kv_scales: of an 8-bit cache with constant scales, float32 [kv_heads, D] of keys and of values
+        """
+        return CachedAttention(scale, kv_scales)
 
 
 def _dense(weight: Weight) -> Tensor:
@@ -199,19 +202,24 @@ class CachedAttention(nn.Module):
     """Write new keys and values at `position`, then attend causally over everything up to them.
 
     The caches are float32 (`key, value`), or 8-bit rows, asymmetric for each position and head
-    (`key, scale, zero point, value, scale, zero point`). With 8-bit caches the queries are rounded to
+    (`key, scale, zero point, value, scale, zero point`). With 8-bit rows the queries are rounded to
     8 bits as well, as kernels that multiply integers do.
+
+    kv_scales: round what goes into float32 caches to 8 bits by these constant scales
     """
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.scale = scale
+        self.kv_scales = kv_scales
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
                 place: Place) -> tuple[Tensor, list[Tensor]]:
         """query: float32 [B, T, heads, D]; key, value: float32 [B, T, kv_heads, D], rotated already"""
         position = place.start
         end = position + query.shape[1]
+        if self.kv_scales is not None:
+            key, value = (fake_quantize(rows, by) for rows, by in zip((key, value), self.kv_scales, strict=True))
         if len(state) == 2:
             state = [_written(cache, rows, position) for cache, rows in zip(state, (key, value), strict=True)]
             filled = [cache[:, :end] for cache in state]

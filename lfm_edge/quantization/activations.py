@@ -39,6 +39,11 @@ def column_block(weight: QuantizedTensor) -> int:
     return next((block for block in _CHANNEL_BLOCKS if weight.group_size % block == 0), 0)
 
 
+def fake_quantize(x: Tensor, scales: Tensor) -> Tensor:
+    """Round to 8 bits and back, symmetric, by scales that are given. x and scales: float32, broadcast"""
+    return (x / scales).round().clamp(-128.0, 127.0) * scales
+
+
 def fake_quantize_rows(x: Tensor) -> Tensor:
     """Round each row to 8 bits and back: asymmetric, from the row's own range, zero always exact.
 

@@ -1,4 +1,4 @@
-"""The text that checks run on when the user gives none."""
+"""The text that checks and calibration run on when the user gives none."""
 
 from __future__ import annotations
 
