@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+NODE_MODULES = tests/javascript/node_modules
 MODEL ?= examples/tiny-model/checkpoint
 TARGET ?= android-q4
 OUT ?= out
@@ -16,10 +17,10 @@ demo: $(VENV)/.installed  ## export MODEL to TARGET, verify it, let it answer, m
 	$(BIN)/python examples/python/ask.py $(BUNDLE)
 	$(BIN)/lfm-edge bench $(BUNDLE)
 
-test: $(VENV)/.installed-dev  ## the tests, without the heavy ones
+test: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the tests, without the heavy ones
 	$(BIN)/python -m pytest
 
-test-heavy: $(VENV)/.installed-dev  ## the heavy ones: every awkward model and every option, exported
+test-heavy: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the heavy ones: every awkward model and every option, exported
 	$(BIN)/python -m pytest -m heavy
 
 lint: $(VENV)/.installed-dev
@@ -29,7 +30,7 @@ train-tiny: $(VENV)/.installed-dev  ## train the small model of examples/tiny-mo
 	PYTHONPATH=. $(BIN)/python examples/tiny-model/train.py
 
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info
+	rm -rf $(VENV) $(NODE_MODULES) $(OUT) build *.egg-info
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,4 +39,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[all,dev]'
+	touch $@
+
+$(NODE_MODULES)/.installed: tests/javascript/package-lock.json | $(VENV)/.installed-dev
+	PATH="$(BIN):$$PATH" npm ci --prefix tests/javascript --ignore-scripts --no-audit --no-fund
 	touch $@

@@ -48,6 +48,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     The graph takes `input_ids` int64 [1, T], `attention_mask` int64 [1, P + T] and the state, and gives the
     logits of the last token, float32 [1, 1, vocab], and the next state.
     """
+    _check_widths(job.weights)
     lowering = OnnxLowering()
     program = ExplicitState(Decoder(job.config, job.weights, job.state, lowering))
     progress("trace")
@@ -62,7 +63,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     files = _write(model, lowering.packed, directory / "onnx" / name)
     _write_json(directory / "config.json", transformers_js_config(job, name, files))
     _write_json(directory / "genai_config.json", genai_config(job, f"onnx/{name}"))
-    return Artifact(f"onnx/{name}", _operators(model.graph), _USAGE)
+    return Artifact(f"onnx/{name}", _operators(model.graph), _usage(job, f"onnx/{name}"))
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
@@ -135,9 +136,13 @@ class OnnxLowering(Lowering):
 def _quantized_only(weight: Weight) -> QuantizedTensor:
     if not isinstance(weight, QuantizedTensor):
         raise ExportError("ONNX bundles are quantized; float kernels are no target of ours")
-    if not column_block(weight):
-        raise ExportError(f"a weight has {weight.shape[1]} columns; MatMulNBits takes a multiple of 16")
     return weight
+
+
+def _check_widths(weights: Weights) -> None:
+    for name, weight in weights.items():
+        if isinstance(weight, QuantizedTensor) and not column_block(weight):
+            raise ExportError(f"{name}: {weight.shape[1]} columns; MatMulNBits takes a multiple of 16")
 
 
 def pack_codes(weight: QuantizedTensor) -> np.ndarray:
@@ -330,7 +335,7 @@ def _trace(program: ExplicitState, state: StateSpec) -> ir.Model:
     # No memory is needed to trace with: a cache of zeros is one zero, expanded.
     tensors = [torch.zeros(1, dtype=tensor.torch_dtype).expand(*_sample_shape(tensor, sample))
                for tensor in state.tensors]
-    dynamic = tuple({tensor.axis: past} if tensor.kind != "conv" else None for tensor in state.tensors)
+    dynamic = tuple({tensor.axis: past} if tensor.kind != "conv" else {} for tensor in state.tensors)
     names = [tensor.name for tensor in state.tensors]
     tokens, mask = torch.zeros(1, sample, dtype=torch.int64), torch.ones(1, 2 * sample + 1, dtype=torch.int64)
     exported = torch.onnx.export(
@@ -475,4 +480,47 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-_USAGE = ""
+def _usage(job: ExportJob, path: str) -> str:
+    return _USAGE.replace("PATH", path).replace("STOP", repr(list(job.config.eos_token_ids)))
+
+
+_USAGE = """\
+## Loading it
+
+The graph is `(input_ids, attention_mask, *past) -> (logits, *present)`: `input_ids` int64 [1, T], `attention_mask`
+int64 [1, P + T], all ones, P being the tokens of the steps before. `logits` are those of the last token, float32
+[1, 1, vocab]. The n-th `present` output is the next value of the n-th `past` input. A conversation begins with zeros
+and P = 0. Past and present of one KV cache may be one buffer of [1, kv_heads, context, head_dim]: the step then
+writes its rows in place.
+
+- Python: `from lfm_edge import open_bundle; session = open_bundle(".").session()`
+- onnxruntime-genai: `onnxruntime_genai.Model(".")`. Its tokenizer puts the first token before a text only after
+  `tokenizer.update_options(add_special_tokens="true")`; a chat template brings its own
+- transformers.js: `AutoModelForCausalLM.from_pretrained(".")`; in a browser, from the hub or your own server
+- onnxruntime alone, in any language; in Python:
+
+```python
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+session = onnxruntime.InferenceSession("PATH")
+tokenizer = Tokenizer.from_file("tokenizer.json")
+dtypes = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+state = {tensor.name: np.zeros([size if isinstance(size, int) else 0 for size in tensor.shape], dtypes[tensor.type])
+         for tensor in session.get_inputs()[2:]}
+
+step, seen, answer = tokenizer.encode("The harbour").ids, 0, []
+while len(answer) < 32:
+    seen += len(step)
+    feeds = {"input_ids": np.array([step]), "attention_mask": np.ones((1, seen), np.int64), **state}
+    logits, *present = session.run(None, feeds)
+    state = dict(zip(state, present))
+    token = int(logits[0, -1].argmax())
+    if token in STOP:
+        break
+    answer.append(token)
+    step = [token]
+print(tokenizer.decode(answer))
+```
+"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -83,6 +84,7 @@ class Target:
         self.check_installed()
         previous = logging.root.manager.disable
         logging.disable(logging.WARNING)  # backends warn about optional parts of theirs while they are imported
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports home unless told before its import
         try:
             return importlib.import_module(module)
         finally:

@@ -1,11 +1,22 @@
-"""Sessions over an ONNX graph with explicit state, by ONNX Runtime's CPU provider."""
+"""Sessions over an ONNX graph with explicit state, by ONNX Runtime's CPU provider.
+
+MatMulNBits packs its weights into a layout of the processor at hand. The first load on a machine keeps the packed
+graph in the user's cache directory; later loads map it from there, and the weights take no anonymous memory.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
+import platform
+import re
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir
 import onnxruntime
 import torch
@@ -15,12 +26,20 @@ from lfm_edge.errors import BundleError
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec
 
+_GRAPH, _DATA = "model.onnx", "model.onnx_data"
+_FORMAT = 1  # of a packed graph; another one is made where this has changed
+_PAGE = 4096
+_PIECE = 1 << 24  # bytes copied at once
+_MADV_PAGEOUT = 21  # gives clean pages back, and would keep changed ones
+
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's graph. threads: of this session; None for the cores of this machine"""
     manifest = bundle.manifest
-    return OnnxSession(load(bundle.artifact, threads), manifest.state, manifest.config.vocab_size,
-                       manifest.prefill_chunk)
+    graph = packed_graph(bundle)
+    program = load(graph, threads)
+    _drop_read_pages(graph.parent.resolve())
+    return OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
 
 
 def stored_constants(bundle: Bundle) -> set[bytes]:
@@ -36,15 +55,112 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
         raise BundleError(f"{bundle.artifact}: not a readable ONNX graph ({error})") from None
 
 
-def load(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """Load a graph. Raises BundleError where ONNX Runtime cannot."""
+def load(path: Path, threads: int | None = None, **entries: str) -> onnxruntime.InferenceSession:
+    """Load a graph; `entries` are session options. Raises BundleError where ONNX Runtime cannot."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # what goes wrong is raised as well
+    options.optimized_model_filepath = entries.pop("optimized_model_filepath", "")
+    for key, value in entries.items():
+        options.add_session_config_entry(f"session.{key}", value)
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises a class of its own for each status
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({error})") from None
+
+
+def packed_graph(bundle: Bundle) -> Path:
+    """The bundle's graph with its weights packed for this processor, made now where it is not in the cache.
+
+    The bundle's own graph where the cache cannot be written.
+    """
+    packed = packed_directory(bundle) / _GRAPH
+    if packed.is_file():
+        return packed
+    with suppress(OSError, BundleError):  # ONNX Runtime's own for a full disk; whatever else it is comes up again
+        packed.parent.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=packed.parent.parent, prefix=".partial-") as partial:
+            saved, aligned = Path(partial) / "saved", Path(partial) / "aligned"
+            saved.mkdir()
+            expected = _trial(bundle, load(
+                bundle.artifact, optimized_model_filepath=str(saved / _GRAPH),
+                save_external_prepacked_constant_initializers="1",
+                optimized_model_external_initializers_file_name=_DATA,
+                optimized_model_external_initializers_min_size_in_bytes="1024"))
+            _align(saved, aligned)
+            if np.array_equal(_trial(bundle, load(aligned / _GRAPH)), expected):
+                aligned.rename(packed.parent)  # whole or not at all; another process may have been first
+    return packed if packed.is_file() else bundle.artifact
+
+
+def _trial(bundle: Bundle, program: onnxruntime.InferenceSession) -> Logits:
+    """Logits of a short prompt and of one more token, which take different kernels."""
+    manifest = bundle.manifest
+    session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+    prompt = [index % manifest.config.vocab_size for index in range(min(7, manifest.state.context - 1))]
+    return np.concatenate([session.prefill(prompt), session.decode(0)])
+
+
+def _align(saved: Path, aligned: Path) -> None:
+    """Copy a graph that ONNX Runtime has saved, every piece of its data at the beginning of a page.
+
+    A packed weight holds several arrays, each on a boundary of 64 bytes counted from where memory was when it was
+    packed. ONNX Runtime 1.31 writes them to any offset and finds other arrays when it maps them back.
+    """
+    aligned.mkdir()
+    model = onnx.load(saved / _GRAPH, load_external_data=False)
+    with (saved / _DATA).open("rb") as source, (aligned / _DATA).open("wb") as out:
+
+        def move(offset: int, length: int) -> int:
+            start = out.seek(-(-out.tell() // _PAGE) * _PAGE)
+            source.seek(offset)
+            for piece in iter(lambda: source.read(min(_PIECE, offset + length - source.tell())), b""):
+                out.write(piece)
+            return start
+
+        for tensor in model.graph.initializer:
+            entries = {entry.key: entry for entry in tensor.external_data}
+            if "offset" in entries:
+                entries["offset"].value = str(move(int(entries["offset"].value), int(entries["length"].value)))
+            for key, entry in entries.items():
+                if key.startswith("prepacked"):  # NAME|offset;length;flag|offset;length;flag ...
+                    name, *blobs = entry.value.split("|")
+                    parts = [blob.split(";") for blob in blobs]
+                    entry.value = "|".join([name, *(f"{move(int(offset), int(length))};{length};{flag}"
+                                                    for offset, length, flag in parts)])
+    (aligned / _GRAPH).write_bytes(model.SerializeToString())
+
+
+def packed_directory(bundle: Bundle) -> Path:
+    """Where the packed graph is kept: a place for each artifact, version of ONNX Runtime and kind of processor."""
+    files = bundle.manifest.files
+    parts = [entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(bundle.manifest.artifact)]
+    key = hashlib.sha256(repr([_FORMAT, *parts, onnxruntime.__version__, _processor()]).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "lfm-edge" / "onnxruntime" / key[:32]
+
+
+def _processor() -> tuple[str, ...]:
+    """What the choice of kernels depends on: the instruction set and its extensions."""
+    described = Path("/proc/cpuinfo")
+    text = described.read_text() if described.is_file() else platform.processor()
+    return (platform.machine(), *sorted(set(re.findall(r"^(?:flags|Features)\s*:.*$", text, flags=re.MULTILINE))))
+
+
+def _drop_read_pages(directory: Path) -> None:
+    """Let go of the pages of files in `directory` that loading has read.
+
+    Packing reads every scale, and what is packed has a copy of them. What a step does need is mapped again.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in maps.read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        if name.startswith("/") and Path(name).parent == directory:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
 class OnnxSession(Session):

@@ -2,6 +2,7 @@
 
 import os
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts: see lfm_edge/cli.py
 
 import pytest
@@ -13,6 +14,12 @@ from tests.helpers import TINY
 settings.register_profile("steady", derandomize=True, deadline=None, database=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Packed graphs stay out of the user's cache, in the processes that tests start as well."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

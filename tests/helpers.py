@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from lfm_edge.bundle import Manifest
+from lfm_edge.bundle import Bundle, Manifest
 from lfm_edge.config import ModelConfig
+from lfm_edge.harness.verify import Verification, verify
 from lfm_edge.quantization.recipe import recipe
 from lfm_edge.state import StateSpec
 from lfm_edge.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
@@ -49,6 +50,11 @@ AWKWARD: dict[str, dict[str, Any]] = {
     "another rope base and norm epsilon": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "norm_eps": 1e-3},
 }
+
+# All of it in one model: the default run exports this one for every target, the heavy run each of them alone.
+ALL_AT_ONCE = {"vocab_size": 301, "tie_word_embeddings": False, "conv_bias": True, "conv_L_cache": 5,
+               "layer_types": ["full_attention", "conv", "full_attention"], "num_key_value_heads": 1}
+_STRICT = 1e-5  # of the logits' spread, where the model's own noise floor is below it
 
 
 def hf_config(**overrides: Any) -> Lfm2Config:
@@ -88,6 +94,18 @@ def save_checkpoint(directory: Path, *, dtype: torch.dtype = torch.float32, max_
     if tokenizer and model.config.vocab_size >= SMALLEST_VOCABULARY:
         write_chatml_tokenizer(Path(directory), model.config.vocab_size)
     return Path(directory)
+
+
+def assert_verified(bundle: Bundle) -> Verification:
+    """Every check of `verify` but quality, with a tighter tolerance than a user's. (Random models have no quality.)"""
+    result = verify(bundle)
+    assert result.weights.passed and result.weights.blobs > 0
+    assert result.limits.logit_error < 1.0
+    for row in result.parity:
+        assert row.within(result.limits), row
+    assert result.typical_error <= max(_STRICT, 3 * result.typical_floor)
+    assert result.greedy.passed
+    return result
 
 
 def fill_bundle(directory: Path, artifact: bytes = b"not a real program", target: str = "android-q4") -> None:

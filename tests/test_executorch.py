@@ -1,40 +1,16 @@
-"""The Android artifact: against the quantized reference, and in ExecuTorch's own LLM runner."""
+"""The Android artifact: what is in the program, and ExecuTorch's own LLM runner. (test_artifacts.py has the rest.)"""
 
-import dataclasses
 import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from executorch.extension.pybindings import portable_lib
 
 from lfm_edge import export
-from lfm_edge.checkpoint import open_checkpoint
-from lfm_edge.errors import ContextFull, LfmEdgeError
+from lfm_edge.errors import LfmEdgeError
 from lfm_edge.generation import generate
-from lfm_edge.harness.verify import verify
-from lfm_edge.quantization.rounding import quantize_checkpoint
-from runtimes.reference import ReferenceSession
-from tests.helpers import AWKWARD, TINY, save_checkpoint
-
-# Everything that a hard-coded assumption breaks on, in one model: the default run exports this one, the
-# heavy run each of them alone.
-ALL_AT_ONCE = {"vocab_size": 301, "tie_word_embeddings": False, "conv_bias": True, "conv_L_cache": 5,
-               "layer_types": ["full_attention", "conv", "full_attention"], "num_key_value_heads": 1}
-STRICT = 1e-5  # of the logits' spread, where the model's own noise floor is below it
-
-
-def assert_verified(bundle):
-    """Every check of `verify` but quality, with a tighter tolerance than a user's. (Random models have no quality.)"""
-    result = verify(bundle)
-    assert result.weights.passed and result.weights.blobs > 0
-    assert result.limits.logit_error < 1.0
-    for row in result.parity:
-        assert row.within(result.limits), row
-    assert result.typical_error <= max(STRICT, 3 * result.typical_floor)
-    assert result.greedy.passed
-    return result
+from tests.helpers import ALL_AT_ONCE, TINY, assert_verified, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +24,6 @@ def awkward_bundle(tmp_path_factory):
 def internal_bundle(tmp_path_factory):
     return export(TINY, target="android-q4", output=tmp_path_factory.mktemp("internal") / "bundle", context=512,
                   prefill_chunk=64, state="internal")
-
-
-def test_an_awkward_sharded_model_with_int8_kv_is_verified(awkward_bundle):
-    assert_verified(awkward_bundle)
-
-
-def test_prompts_of_one_token_and_of_exactly_the_context(awkward_bundle):
-    checkpoint = open_checkpoint(awkward_bundle.manifest.source)
-    manifest = awkward_bundle.manifest
-    reference = ReferenceSession(checkpoint.config, quantize_checkpoint(checkpoint, manifest.recipe), manifest.state,
-                                 activations="int8 rows")
-    session = awkward_bundle.session()
-    for length in (1, manifest.prefill_chunk, manifest.prefill_chunk + 1, manifest.state.context):
-        tokens = [20 + index % 250 for index in range(length)]
-        session.reset()
-        reference.reset()
-        expected = reference.prefill(tokens)
-        assert np.abs(session.prefill(tokens) - expected).max() <= 0.05 * expected.std()
-    with pytest.raises(ContextFull):
-        session.decode(1)
-    assert session.position == manifest.state.context
 
 
 def test_the_state_is_changed_where_it_lies_and_is_no_output(awkward_bundle):
@@ -95,14 +50,6 @@ def test_no_operator_copies_a_cache(awkward_bundle):
 def test_everything_between_two_attention_kernels_is_one_delegate(awkward_bundle):
     attention = len(awkward_bundle.manifest.config.attention_layers)
     assert awkward_bundle.manifest.lowering["delegates"] <= attention + 3
-
-
-def test_a_second_session_does_not_share_state_with_the_first(tiny_bundle):
-    first, second = tiny_bundle.session(), tiny_bundle.session()
-    expected = first.prefill([1, 30, 40])
-    second.prefill([90, 91, 92, 93])
-    first.reset()
-    assert np.array_equal(first.prefill([1, 30, 40]), expected)
 
 
 def in_the_runner(bundle, prompts):
@@ -166,24 +113,3 @@ def test_the_program_has_the_metadata_that_the_runners_ask_for(internal_bundle):
     assert constant("get_bos_id") == [1]
     assert constant("get_eos_ids") == [7]
     assert constant("use_kv_cache") == constant("use_sdpa_with_kv_cache") == constant("enable_dynamic_shape") == [True]
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("name", list(AWKWARD))
-@pytest.mark.parametrize("options", [{"target": "android-q4"}, {"target": "android-q8", "head_bits": 4}],
-                         ids=["q4", "q8, 4-bit head"])
-def test_awkward_models_are_verified(tmp_path, name, options):
-    source = save_checkpoint(tmp_path / "model", **AWKWARD[name])
-    assert_verified(export(source, output=tmp_path / "bundle", context=64, prefill_chunk=16, **options))
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("options", [
-    {"target": "android-q4", "head_bits": 4}, {"target": "android-q8"}, {"target": "android-q8", "kv_dtype": "int8"},
-    {"target": "android-q4", "group_size": 64}, {"target": "android-q4", "group_size": 128, "context": 300},
-    {"target": "android-q4", "prefill_chunk": 1}, {"target": "android-q8", "state": "internal", "kv_dtype": "int8"},
-], ids=str)
-def test_the_trained_model_keeps_its_answers_with_every_option(tmp_path, options):
-    bundle = export(TINY, output=tmp_path / "bundle", **{"context": 512, **options})
-    result = assert_verified(bundle)
-    assert result.passed, dataclasses.asdict(result)

@@ -1,0 +1,100 @@
+"""What holds for the artifact of every target: it computes what the quantized reference computes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lfm_edge import export
+from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.errors import ContextFull
+from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.targets import TARGETS
+from runtimes.reference import ReferenceSession
+from tests.helpers import ALL_AT_ONCE, AWKWARD, TINY, assert_verified, save_checkpoint
+
+FOUR_BITS = [name for name, target in TARGETS.items() if target.bits == 4]
+
+
+@pytest.fixture(scope="module", params=FOUR_BITS)
+def awkward_bundle(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("awkward")
+    return export(save_checkpoint(folder / "model", max_shard_size="100KB", **ALL_AT_ONCE), target=request.param,
+                  output=folder / "bundle", context=96, prefill_chunk=16, kv_dtype="int8")
+
+
+def test_an_awkward_sharded_model_with_int8_kv_is_verified(awkward_bundle):
+    assert_verified(awkward_bundle)
+
+
+def test_prompts_of_one_token_and_of_exactly_the_context(tmp_path, awkward_bundle):
+    target, checkpoint = awkward_bundle.target, open_checkpoint(awkward_bundle.manifest.source)
+    bundle = export(checkpoint.source, target=target.name, output=tmp_path / "bundle", context=96, prefill_chunk=16)
+    manifest = bundle.manifest
+    reference = ReferenceSession(checkpoint.config, quantize_checkpoint(checkpoint, manifest.recipe),
+                                 manifest.state.for_reference(manifest.config), activations=target.activations)
+    session = bundle.session()
+    for length in (1, manifest.prefill_chunk, manifest.prefill_chunk + 1, manifest.state.context):
+        tokens = [20 + index % 250 for index in range(length)]
+        session.reset()
+        reference.reset()
+        expected = reference.prefill(tokens)
+        assert np.abs(session.prefill(tokens) - expected).max() <= 0.05 * expected.std()
+    with pytest.raises(ContextFull):
+        session.decode(1)
+    assert session.position == manifest.state.context
+
+
+def test_a_second_session_does_not_share_state_with_the_first(awkward_bundle):
+    first, second = awkward_bundle.session(), awkward_bundle.session()
+    expected = first.prefill([1, 30, 40])
+    second.prefill([90, 91, 92, 93])
+    first.reset()
+    assert np.array_equal(first.prefill([1, 30, 40]), expected)
+
+
+def test_the_caches_keep_their_place_and_rows_past_the_position_are_untouched(awkward_bundle):
+    session = awkward_bundle.session()
+    caches = [(tensor, state) for tensor, state in zip(session.spec.tensors, session.state, strict=True)
+              if tensor.kind in ("key", "value")]
+    session.prefill([3, 4, 5])
+    session.decode(6)
+    now = {state.data_ptr() for state in session.state}
+    for tensor, cache in caches:
+        assert cache.data_ptr() in now
+        assert tensor.filled(cache, 4).any()
+        assert not cache.narrow(tensor.axis, 4, session.spec.context - 4).any()
+
+
+def test_every_target_of_the_same_recipe_has_the_same_weights(tmp_path, tiny_bundle):
+    """The digest is over integers and scales; `verify` finds those very bytes in each artifact."""
+    for name in FOUR_BITS:
+        if name != tiny_bundle.manifest.target:
+            bundle = export(TINY, target=name, output=tmp_path / name, context=512)
+            assert bundle.manifest.weights_sha256 == tiny_bundle.manifest.weights_sha256
+            assert assert_verified(bundle).passed
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", list(AWKWARD))
+@pytest.mark.parametrize("options", [
+    {"target": "android-q4"}, {"target": "android-q8", "head_bits": 4},
+    {"target": "onnx-q4"}, {"target": "onnx-q8", "head_bits": 4}], ids=lambda options: options["target"])
+def test_awkward_models_are_verified(tmp_path, name, options):
+    source = save_checkpoint(tmp_path / "model", **AWKWARD[name])
+    assert_verified(export(source, output=tmp_path / "bundle", context=64, prefill_chunk=16, **options))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("options", [
+    {"target": "android-q4", "head_bits": 4}, {"target": "android-q8"}, {"target": "android-q8", "kv_dtype": "int8"},
+    {"target": "android-q4", "group_size": 64}, {"target": "android-q4", "group_size": 128, "context": 300},
+    {"target": "android-q4", "prefill_chunk": 1}, {"target": "android-q8", "state": "internal", "kv_dtype": "int8"},
+    {"target": "onnx-q4", "head_bits": 4}, {"target": "onnx-q8"}, {"target": "onnx-q8", "kv_dtype": "int8"},
+    {"target": "onnx-q4", "group_size": 64}, {"target": "onnx-q4", "group_size": 128, "context": 300},
+    {"target": "onnx-q4", "prefill_chunk": 1, "kv_dtype": "int8"},
+], ids=str)
+def test_the_trained_model_keeps_its_answers_with_every_option(tmp_path, options):
+    bundle = export(TINY, output=tmp_path / "bundle", **{"context": 512, **options})
+    result = assert_verified(bundle)
+    assert result.passed, dataclasses.asdict(result)
