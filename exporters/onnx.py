@@ -27,6 +27,7 @@ from torch.onnx import ops
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
+from lfm_edge.model import lowering as reference
 from lfm_edge.model.decoder import Decoder
 from lfm_edge.model.lowering import Lowering, Weight, frozen, rotary_angles
 from lfm_edge.model.weights import Weights
@@ -200,13 +201,8 @@ class QuantizedEmbedding(nn.Module):
                           (*tokens.shape, self.cols))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(reference.RMSNorm):
     """ONNX's RMSNormalization. Where it follows a residual sum, `_fuse_skip_norms` joins the two."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        super().__init__()
-        self.weight = frozen(weight)
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 [..., size] -> the same shape"""

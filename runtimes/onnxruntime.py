@@ -11,7 +11,9 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from lfm_edge.state import APPEND, StateSpec
 
 _GRAPH, _DATA = "model.onnx", "model.onnx_data"
 _FORMAT = 1  # of a packed graph; another one is made where this has changed
+_ABANDONED_SECONDS = 3600
 _PAGE = 4096
 _PIECE = 1 << 24  # bytes copied at once
 _MADV_PAGEOUT = 21  # gives clean pages back, and would keep changed ones
@@ -72,13 +75,14 @@ def load(path: Path, threads: int | None = None, **entries: str) -> onnxruntime.
 def packed_graph(bundle: Bundle) -> Path:
     """The bundle's graph with its weights packed for this processor, made now where it is not in the cache.
 
-    The bundle's own graph where the cache cannot be written.
+    The bundle's own graph where the cache cannot be written, or has an empty place: packing went wrong before.
     """
     packed = packed_directory(bundle) / _GRAPH
-    if packed.is_file():
-        return packed
+    if packed.parent.is_dir():
+        return packed if packed.is_file() else bundle.artifact
     with suppress(OSError, BundleError):  # ONNX Runtime's own for a full disk; whatever else it is comes up again
         packed.parent.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(packed.parent.parent)
         with tempfile.TemporaryDirectory(dir=packed.parent.parent, prefix=".partial-") as partial:
             saved, aligned = Path(partial) / "saved", Path(partial) / "aligned"
             saved.mkdir()
@@ -88,9 +92,18 @@ def packed_graph(bundle: Bundle) -> Path:
                 optimized_model_external_initializers_file_name=_DATA,
                 optimized_model_external_initializers_min_size_in_bytes="1024"))
             _align(saved, aligned)
-            if np.array_equal(_trial(bundle, load(aligned / _GRAPH)), expected):
-                aligned.rename(packed.parent)  # whole or not at all; another process may have been first
+            if not np.array_equal(_trial(bundle, load(aligned / _GRAPH)), expected):
+                shutil.rmtree(aligned)
+                aligned.mkdir()
+            aligned.rename(packed.parent)  # whole or not at all; another process may have been first
     return packed if packed.is_file() else bundle.artifact
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what processes left that were killed while they packed."""
+    for left in directory.glob(".partial-*"):
+        if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _trial(bundle: Bundle, program: onnxruntime.InferenceSession) -> Logits:

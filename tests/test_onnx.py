@@ -130,6 +130,23 @@ def test_a_packed_graph_computes_what_the_bundle_s_own_does_bit_for_bit(tmp_path
         assert np.array_equal(packed.prefill(tokens), exact.prefill(tokens))
 
 
+def test_a_packed_graph_with_other_logits_is_not_used_and_not_made_again(bundle, cache, monkeypatch):
+    trials = iter([np.zeros(1), np.ones(1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "_trial", lambda bundle, program: next(trials))
+        assert runtime.packed_graph(bundle) == bundle.artifact
+    assert runtime.packed_graph(bundle) == bundle.artifact
+    assert list(runtime.packed_directory(bundle).iterdir()) == []
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(bundle, cache):
+    left = runtime.packed_directory(bundle).parent / ".partial-killed"
+    (left / "saved").mkdir(parents=True)
+    os.utime(left, (0, 0))
+    runtime.packed_graph(bundle)
+    assert not left.exists()
+
+
 def test_a_packed_graph_serves_its_own_artifact_version_and_processor_only(bundle, tiny_bundle, monkeypatch):
     places = {runtime.packed_directory(bundle), runtime.packed_directory(tiny_bundle)}
     with monkeypatch.context() as patch:
