@@ -69,10 +69,11 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
     """Every quantized weight, by name, as its bytes must stand in the external data: codes and scales apart."""
-    for name, weight in weights.items():
-        if isinstance(weight, QuantizedTensor):
-            yield f"{name}: codes", pack_codes(weight).tobytes()
-            yield f"{name}: scales", pack_scales(weight).tobytes()
+    lowering = OnnxLowering()
+    decoder = Decoder(config, weights, StateSpec.of(config, 1, heads_first=True), lowering)
+    for name, buffer in decoder.named_buffers():
+        if buffer.data_ptr() in lowering.packed:
+            yield name, lowering.packed[buffer.data_ptr()].make().tobytes()
 
 
 def artifact_name(job: ExportJob) -> str:
@@ -83,7 +84,7 @@ def artifact_name(job: ExportJob) -> str:
 class Packed(NamedTuple):
     """A constant of the graph that is made when it is written. Those with one `key` have the same bytes."""
 
-    key: tuple[int, str]
+    key: tuple[str, tuple[int, ...]]
     make: Callable[[], np.ndarray]
 
 
@@ -101,7 +102,13 @@ class OnnxLowering(Lowering):
         return Positions(config, context)
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
-        return QuantizedLinear(self, _quantized_only(weight), bias)
+        return QuantizedLinear(self, [_quantized_only(weight)], bias)
+
+    def linears(self, weights: list[Weight], biases: list[Tensor | None]) -> nn.Module:
+        parts = [_quantized_only(weight) for weight in weights]
+        if len({(part.bits, part.group_size) for part in parts}) > 1 or any(bias is not None for bias in biases):
+            return super().linears(weights, biases)
+        return JoinedLinears(self, parts)
 
     def embedding(self, weight: Weight) -> nn.Module:
         return QuantizedEmbedding(self, _quantized_only(weight))
@@ -118,20 +125,23 @@ class OnnxLowering(Lowering):
     def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
         return GroupQueryAttention(scale, kv_scales)
 
-    def codes(self, weight: QuantizedTensor, *shape: int) -> Tensor:
-        """A placeholder for the weight's codes, uint8."""
-        return self._placeholder(shape, torch.uint8, Packed((id(weight), "codes"), lambda: pack_codes(weight)))
+    def codes(self, weights: list[QuantizedTensor], *shape: int) -> Tensor:
+        """A placeholder for the codes of weights one below the other, uint8."""
+        return self._placeholder(shape, torch.uint8, _packed("codes", weights, pack_codes))
 
-    def scales(self, weight: QuantizedTensor) -> Tensor:
-        """A placeholder for the weight's scales, float32 [rows, blocks]."""
-        shape = (weight.shape[0], weight.shape[1] // column_block(weight))
-        return self._placeholder(shape, torch.float32, Packed((id(weight), "scales"), lambda: pack_scales(weight)))
+    def scales(self, weights: list[QuantizedTensor], *shape: int) -> Tensor:
+        """A placeholder for the scales of weights one below the other, float32 [rows, blocks]."""
+        return self._placeholder(shape, torch.float32, _packed("scales", weights, pack_scales))
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, packed: Packed) -> Tensor:
         """A tensor to trace with: the shape of the constant, and no memory."""
         tensor = torch.zeros(1, dtype=dtype).expand(shape)
         self.packed[tensor.data_ptr()] = packed
         return tensor
+
+
+def _packed(kind: str, weights: list[QuantizedTensor], pack: Callable[[QuantizedTensor], np.ndarray]) -> Packed:
+    return Packed((kind, tuple(map(id, weights))), lambda: np.concatenate([pack(weight) for weight in weights]))
 
 
 def _quantized_only(weight: Weight) -> QuantizedTensor:
@@ -164,23 +174,38 @@ def _microsoft(name: str, inputs: Sequence[Tensor | None], attributes: dict[str,
 
 
 class QuantizedLinear(nn.Module):
-    """MatMulNBits: 4- or 8-bit blocks of columns, activations rounded to 8 bits block by block."""
+    """MatMulNBits: 4- or 8-bit blocks of columns, activations rounded to 8 bits block by block.
 
-    def __init__(self, lowering: OnnxLowering, weight: QuantizedTensor, bias: Tensor | None) -> None:
+    weights: of one scheme and width; their rows stand one below the other
+    """
+
+    def __init__(self, lowering: OnnxLowering, weights: list[QuantizedTensor], bias: Tensor | None) -> None:
         super().__init__()
-        rows, cols = weight.shape
-        block = column_block(weight)
-        self.register_buffer("codes", lowering.codes(weight, rows, cols // block, block * weight.bits // 8))
-        self.register_buffer("scales", lowering.scales(weight))
+        rows, cols = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        bits, block = weights[0].bits, column_block(weights[0])
+        self.register_buffer("codes", lowering.codes(weights, rows, cols // block, block * bits // 8))
+        self.register_buffer("scales", lowering.scales(weights, rows, cols // block))
         self.bias = frozen(bias)
         self.rows = rows
-        self.attributes = {"K": cols, "N": rows, "bits": weight.bits, "block_size": block,
-                           "accuracy_level": INT8_MULTIPLY}
+        self.attributes = {"K": cols, "N": rows, "bits": bits, "block_size": block, "accuracy_level": INT8_MULTIPLY}
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 [1, T, cols] -> float32 [1, T, rows]"""
         inputs = (x, self.codes, self.scales, *(() if self.bias is None else (None, None, self.bias)))
         return _microsoft("MatMulNBits", inputs, self.attributes, x, (*x.shape[:-1], self.rows))
+
+
+class JoinedLinears(nn.Module):
+    """Linear layers of one input as one product: it is rounded once, and one kernel is started instead of several."""
+
+    def __init__(self, lowering: OnnxLowering, weights: list[QuantizedTensor]) -> None:
+        super().__init__()
+        self.linear = QuantizedLinear(lowering, weights, None)
+        self.rows = [weight.shape[0] for weight in weights]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: float32 [1, T, cols] -> one tensor for each, float32 [1, T, rows]"""
+        return self.linear(x).split(self.rows, dim=-1)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -189,8 +214,8 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, lowering: OnnxLowering, weight: QuantizedTensor) -> None:
         super().__init__()
         rows, cols = weight.shape
-        self.register_buffer("codes", lowering.codes(weight, rows, cols * weight.bits // 8))
-        self.register_buffer("scales", lowering.scales(weight))
+        self.register_buffer("codes", lowering.codes([weight], rows, cols * weight.bits // 8))
+        self.register_buffer("scales", lowering.scales([weight], rows, cols // column_block(weight)))
         self.cols = cols
         self.attributes = {"bits": weight.bits, "block_size": column_block(weight), "gather_axis": 0,
                            "quantize_axis": 1}
@@ -397,22 +422,24 @@ def _write(model: ir.Model, packed: dict[int, Packed], path: Path) -> int:
     Gives the number of files of external data: as many as keep each below what a browser can hold.
     """
     files: list[BinaryIO] = []
-    written: dict[tuple[int, str], tuple[str, int, int]] = {}
+    written: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
     with contextlib.ExitStack() as stack:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             constant = packed.get(_address(tensor))
             if constant is None and tensor.nbytes < _INLINE_BYTES:
                 continue
-            key = (id(tensor), "value") if constant is None else constant.key
+            key = ("value", (id(tensor),)) if constant is None else constant.key
             if key not in written:
                 data = np.ascontiguousarray(tensor.numpy() if constant is None else constant.make())
-                if not files or files[-1].tell() + data.nbytes > _LARGEST_FILE:
+                start = -(-files[-1].tell() // _ALIGNMENT) * _ALIGNMENT if files else 0
+                if not files or start + data.nbytes > _LARGEST_FILE:
+                    start = 0
                     name = f"{path.name}_data" + (f"_{len(files)}" if files else "")
                     files.append(stack.enter_context(path.with_name(name).open("wb")))
-                files[-1].write(bytes(-files[-1].tell() % _ALIGNMENT))
-                written[key] = (Path(files[-1].name).name, files[-1].tell(), data.nbytes)
+                files[-1].seek(start)
                 files[-1].write(data.data)
+                written[key] = (Path(files[-1].name).name, start, data.nbytes)
             name, offset, length = written[key]
             value.const_value = ir.ExternalTensor(name, offset, length, tensor.dtype, shape=tensor.shape,
                                                   name=value.name, base_dir=path.parent)

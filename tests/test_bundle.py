@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -331,7 +332,9 @@ def test_a_stopped_export_leaves_nothing(output, stop):
     output.parent.mkdir()
     command = [sys.executable, "-m", "lfm_edge.cli", "export", "--target", "android-q4", "--model", str(TINY),
                "--output", str(output), "--context", "64"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO) as process:
+    # A shell's background job ignores interrupts and hands that on; whoever presses Ctrl-C does not.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO, preexec_fn=listen) as process:
         assert any("trace" in line for line in process.stderr)
         assert beside(output) == [f".out.partial-{process.pid}"]
         process.send_signal(stop)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -63,12 +64,11 @@ def test_the_inputs_and_outputs_have_the_names_that_clients_know(graph):
 
 
 def test_every_weight_dequantizes_to_the_quantizer_s_own_bit_for_bit(bundle, graph):
+    """Row by row: layers of one input stand one below the other in one product."""
     weights = quantize_checkpoint(open_checkpoint(TINY), bundle.manifest.recipe)
-    expected = {weight.dequantize().numpy().tobytes() for weight in weights.values()
-                if isinstance(weight, QuantizedTensor)}
-    linears = nodes(graph, "MatMulNBits")
-    assert len(linears) == len(expected)  # the tied embedding and the head are one
-    assert {dequantized(node).tobytes() for node in linears} == expected
+    expected = Counter(row.tobytes() for weight in weights.values() if isinstance(weight, QuantizedTensor)
+                       for row in weight.dequantize().numpy())
+    assert Counter(row.tobytes() for node in nodes(graph, "MatMulNBits") for row in dequantized(node)) == expected
 
 
 def test_the_embedding_reads_the_bytes_of_the_tied_head(graph):
@@ -81,6 +81,8 @@ def test_everything_with_a_fused_operator_is_fused(bundle, graph):
     config = bundle.manifest.config
     assert len(nodes(graph, "GroupQueryAttention")) == len(config.attention_layers)
     assert len(nodes(graph, "CausalConvWithState")) == len(config.conv_layers)
+    # A layer has four products: into the operator, out of it, into the feed-forward, out of it. And the head.
+    assert len(nodes(graph, "MatMulNBits")) == 4 * config.num_layers + 1
     # Every residual sum but the one before the last norm, which sees the last token only, is part of a norm.
     assert len(nodes(graph, "SkipSimplifiedLayerNormalization")) == 2 * config.num_layers - 1
     assert all(node.attributes["accuracy_level"].as_int() == 4 for node in nodes(graph, "MatMulNBits"))

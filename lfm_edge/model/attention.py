@@ -15,9 +15,7 @@ class Attention(nn.Module):
 
     def __init__(self, weights: LayerWeights, config: ModelConfig) -> None:
         super().__init__()
-        self.q_proj = weights.linear("self_attn.q_proj")
-        self.k_proj = weights.linear("self_attn.k_proj")
-        self.v_proj = weights.linear("self_attn.v_proj")
+        self.qkv_proj = weights.linears("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.out_proj = weights.linear("self_attn.out_proj")
         self.q_layernorm = weights.norm("self_attn.q_layernorm", config.norm_eps)
         self.k_layernorm = weights.norm("self_attn.k_layernorm", config.norm_eps)
@@ -31,9 +29,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, place: Any, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """x: float32 [B, T, H]; place: where the tokens stand, as the lowering says it; state: the layer's caches"""
         batch = x.shape[0]
-        query = self.q_proj(x).view(batch, -1, *self.query_shape)
-        key = self.k_proj(x).view(batch, -1, *self.key_shape)
-        value = self.v_proj(x).view(batch, -1, *self.key_shape)
+        query, key, value = self.qkv_proj(x)
+        query = query.view(batch, -1, *self.query_shape)
+        key = key.view(batch, -1, *self.key_shape)
+        value = value.view(batch, -1, *self.key_shape)
         query = self.rotary(self.q_layernorm(query), place)
         key = self.rotary(self.k_layernorm(key), place)
         out, state = self.attend(query, key, value, state, place)  # [B, T, heads, D]

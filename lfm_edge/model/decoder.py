@@ -19,13 +19,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, weights: LayerWeights) -> None:
         super().__init__()
-        self.w1 = weights.linear("feed_forward.w1")
-        self.w3 = weights.linear("feed_forward.w3")
+        self.w1_w3 = weights.linears("feed_forward.w1", "feed_forward.w3")
         self.w2 = weights.linear("feed_forward.w2")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 [B, T, H] -> the same shape"""
-        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.w1_w3(x)
+        return self.w2(nn.functional.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -45,6 +45,10 @@ class Lowering:
         """[..., cols] -> `parts` tensors [..., rows / parts]"""
         return SplitLinear(self.linear(weight, bias), parts)
 
+    def linears(self, weights: list[Weight], biases: list[Tensor | None]) -> nn.Module:
+        """Several linear layers of one input: [..., cols] -> a tensor for each, [..., rows]"""
+        return Linears([self.linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)])
+
     def embedding(self, weight: Weight) -> nn.Module:
         """tokens int64 [B, T] -> [B, T, hidden]"""
         return Embedding(_dense(weight))
@@ -134,6 +138,14 @@ class Linear(nn.Module):
         if self.round_input is not None:
             x = self.round_input(x)
         return F.linear(x, self.weight, self.bias)
+
+
+class Linears(nn.ModuleList):
+    """Linear layers side by side, each given the same input."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: float32 [..., cols] -> one tensor for each, float32 [..., rows]"""
+        return tuple(linear(x) for linear in self)
 
 
 class SplitLinear(nn.Module):

@@ -34,6 +34,11 @@ class LayerWeights:
         """The linear layer `name`, with its bias where there is one."""
         return self.lowering.linear(self.weights[f"{self.prefix}.{name}.weight"], self.optional(f"{name}.bias"))
 
+    def linears(self, *names: str) -> nn.Module:
+        """The linear layers `names`, which are given the same input."""
+        return self.lowering.linears([self.weights[f"{self.prefix}.{name}.weight"] for name in names],
+                                     [self.optional(f"{name}.bias") for name in names])
+
     def split_linear(self, name: str, parts: int) -> nn.Module:
         """The linear layer `name`, whose output is `parts` tensors side by side."""
         return self.lowering.split_linear(
