@@ -123,7 +123,9 @@ class XnnpackLowering(Lowering):
         return QuantizedLinear(_quantized_only(weight), bias)
 
     def split_linear(self, weight: Weight, bias: Tensor | None, parts: int) -> nn.Module:
-        return SeparateLinears(_quantized_only(weight), bias, parts)
+        # Cutting the rows of a weight is free, cutting the output would end the delegate.
+        biases = [None] * parts if bias is None else [part.clone() for part in bias.chunk(parts)]
+        return self.linears(_rows_apart(_quantized_only(weight), parts), biases)
 
     def embedding(self, weight: Weight) -> nn.Module:
         return QuantizedEmbedding(_quantized_only(weight))
@@ -169,20 +171,6 @@ class QuantizedLinear(nn.Module):
             weight = _quantized.dequantize_per_channel_group.default(
                 self.ints, self.scales, self.zeros, *self.limits, torch.int8, self.group_size, torch.float32)
         return F.linear(x, weight, self.bias)
-
-
-class SeparateLinears(nn.Module):
-    """One linear per part: cutting the rows of a weight is free, cutting the output would end the delegate."""
-
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None, parts: int) -> None:
-        super().__init__()
-        biases = [None] * parts if bias is None else [part.clone() for part in bias.chunk(parts)]
-        self.parts = nn.ModuleList(
-            QuantizedLinear(part, bias) for part, bias in zip(_rows_apart(weight, parts), biases, strict=True))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x: float32 [..., cols] -> one tensor per part, float32 [..., rows / parts]"""
-        return tuple(part(x) for part in self.parts)
 
 
 class QuantizedEmbedding(nn.Module):

@@ -33,7 +33,8 @@ from lfm_edge.model.lowering import Lowering, Weight, frozen, rotary_angles
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.activations import column_block
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.state import StateSpec, StateTensor
+from lfm_edge.state import APPEND, StateSpec, StateTensor
+from lfm_edge.targets import StateLayout
 
 OPSET = 23  # the first with RMSNormalization
 MICROSOFT = "com.microsoft"
@@ -70,7 +71,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
     """Every quantized weight, by name, as its bytes must stand in the external data: codes and scales apart."""
     lowering = OnnxLowering()
-    decoder = Decoder(config, weights, StateSpec.of(config, 1, heads_first=True), lowering)
+    decoder = Decoder(config, weights, StateSpec.of(config, 1, layout=StateLayout(kv_heads_first=True)), lowering)
     for name, buffer in decoder.named_buffers():
         if buffer.data_ptr() in lowering.packed:
             yield name, lowering.packed[buffer.data_ptr()].make().tobytes()
@@ -167,10 +168,10 @@ def pack_scales(weight: QuantizedTensor) -> np.ndarray:
     return np.repeat(weight.scales.numpy(), weight.group_size // column_block(weight), axis=1)
 
 
-def _microsoft(name: str, inputs: Sequence[Tensor | None], attributes: dict[str, Any], like: Tensor,
+def _microsoft(name: str, inputs: Sequence[Tensor | None], attributes: dict[str, Any],
                shape: Sequence[Any]) -> Tensor:
-    """One operator of ONNX Runtime's own domain, in the trace."""
-    return ops.symbolic(f"{MICROSOFT}::{name}", inputs, attributes, dtype=like.dtype, shape=shape, version=1)
+    """One operator of ONNX Runtime's own domain, in the trace, with one output in float32."""
+    return ops.symbolic(f"{MICROSOFT}::{name}", inputs, attributes, dtype=torch.float32, shape=shape, version=1)
 
 
 class QuantizedLinear(nn.Module):
@@ -192,7 +193,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 [1, T, cols] -> float32 [1, T, rows]"""
         inputs = (x, self.codes, self.scales, *(() if self.bias is None else (None, None, self.bias)))
-        return _microsoft("MatMulNBits", inputs, self.attributes, x, (*x.shape[:-1], self.rows))
+        return _microsoft("MatMulNBits", inputs, self.attributes, (*x.shape[:-1], self.rows))
 
 
 class JoinedLinears(nn.Module):
@@ -222,7 +223,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [1, T] -> float32 [1, T, hidden]"""
-        return _microsoft("GatherBlockQuantized", (self.codes, tokens, self.scales), self.attributes, self.scales,
+        return _microsoft("GatherBlockQuantized", (self.codes, tokens, self.scales), self.attributes,
                           (*tokens.shape, self.cols))
 
 
@@ -281,7 +282,7 @@ class CausalConv(nn.Module):
         self.weight = frozen(weight)
         self.bias = frozen(bias)
 
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """x: float32 [1, T, H]; state: float32 [1, H, taps - 1] -> the same"""
         past = state.transpose(1, 2)
         out, present = ops.symbolic_multi_out(
@@ -298,7 +299,7 @@ class Scale(nn.Module):
         self.weight = frozen(weight.flatten())
         self.bias = frozen(bias)
 
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """x: float32 [1, T, H]; state: float32 [1, H, 0]"""
         x = x * self.weight
         return x if self.bias is None else x + self.bias, state
@@ -345,30 +346,24 @@ class ExplicitState(nn.Module):
         return logits, *following
 
 
-def present_name(past: str) -> str:
-    """The output that gives the next value of a state tensor."""
-    return past.replace("past_key_values", "present").replace("past_conv", "present_conv")
-
-
 def _trace(program: ExplicitState, state: StateSpec) -> ir.Model:
     length, past = Dim("sequence_length"), Dim("past_sequence_length")
     sample = 3  # not 1, which torch would take for a constant
     # No memory is needed to trace with: a cache of zeros is one zero, expanded.
     tensors = [torch.zeros(1, dtype=tensor.torch_dtype).expand(*_sample_shape(tensor, sample))
                for tensor in state.tensors]
-    dynamic = tuple({tensor.axis: past} if tensor.kind != "conv" else {} for tensor in state.tensors)
-    names = [tensor.name for tensor in state.tensors]
+    dynamic = tuple({tensor.axis: past} if tensor.update == APPEND else {} for tensor in state.tensors)
     tokens, mask = torch.zeros(1, sample, dtype=torch.int64), torch.ones(1, 2 * sample + 1, dtype=torch.int64)
     exported = torch.onnx.export(
         program, (tokens, mask, *tensors),
         dynamic_shapes=({1: length}, {1: Dim("total_sequence_length")}, dynamic), dynamo=True, opset_version=OPSET,
-        input_names=["input_ids", "attention_mask", *names],
-        output_names=["logits", *map(present_name, names)], verbose=False, optimize=False)
+        input_names=["input_ids", "attention_mask", *(tensor.name for tensor in state.tensors)],
+        output_names=["logits", *(tensor.next_name for tensor in state.tensors)], verbose=False, optimize=False)
     return exported.model
 
 
 def _sample_shape(tensor: StateTensor, length: int) -> tuple[int, ...]:
-    return tuple(length if tensor.kind != "conv" and axis == tensor.axis else size
+    return tuple(length if tensor.update == APPEND and axis == tensor.axis else size
                  for axis, size in enumerate(tensor.shape))
 
 

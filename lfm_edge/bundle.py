@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lfm_edge.session import Session
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO)
 
@@ -38,6 +38,7 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTD
 class Manifest:
     """All that a runtime or an app needs to drive the artifact, and where it came from.
 
+    compute_dtype: of activations and of all that is not quantized
     lowering: what the exporter tells about its work (delegates, operators left out)
     source: the checkpoint as the user named it; source_sha256: its content
     weights_sha256: of the quantized integers and scales, the same for every target with this recipe
@@ -46,6 +47,7 @@ class Manifest:
 
     target: str
     artifact: str
+    compute_dtype: str
     state_mode: str
     prefill_chunk: int
     config: ModelConfig
@@ -65,7 +67,8 @@ class Manifest:
                  for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST}
         raw = {
             "schema_version": SCHEMA_VERSION, "target": self.target, "artifact": self.artifact,
-            "state_mode": self.state_mode, "prefill_chunk": self.prefill_chunk, "config": self.config.to_dict(),
+            "compute_dtype": self.compute_dtype, "state_mode": self.state_mode,
+            "prefill_chunk": self.prefill_chunk, "config": self.config.to_dict(),
             "recipe": self.recipe.to_dict(), "state": self.state.to_dict(), "lowering": self.lowering,
             "source": self.source, "source_sha256": self.source_sha256, "licence": self.licence,
             "weights_sha256": self.weights_sha256, "versions": self.versions, "files": files,
@@ -85,7 +88,8 @@ class Manifest:
                 raise BundleError(f"{path}: schema version {version}; this lfm-edge reads {SCHEMA_VERSION}")
             return cls(
                 target=_text(raw["target"]), artifact=_inside(raw["artifact"], path),
-                state_mode=_text(raw["state_mode"]), prefill_chunk=_positive(raw["prefill_chunk"]),
+                compute_dtype=_text(raw["compute_dtype"]), state_mode=_text(raw["state_mode"]),
+                prefill_chunk=_positive(raw["prefill_chunk"]),
                 config=ModelConfig.from_dict(raw["config"]), recipe=Recipe.from_dict(raw["recipe"]),
                 state=StateSpec.from_dict(raw["state"]),
                 lowering=raw["lowering"], source=_text(raw["source"]), source_sha256=_text(raw["source_sha256"]),
@@ -118,7 +122,7 @@ class Bundle:
         if bundle.manifest.target not in TARGETS:
             raise BundleError(f"{directory / MANIFEST}: unknown target '{bundle.manifest.target}'; "
                               f"this lfm-edge knows {', '.join(TARGETS)}")
-        if bundle.manifest.artifact not in bundle.manifest.files:
+        if not bundle.artifact_files:
             raise BundleError(f"{directory / MANIFEST}: files does not list the artifact {bundle.manifest.artifact}")
         if check:
             bundle._check_files()
@@ -131,21 +135,31 @@ class Bundle:
 
     @property
     def artifact(self) -> Path:
-        """The file that the runtime loads."""
+        """The file, or the package of files, that the runtime loads."""
         return self.directory / self.manifest.artifact
 
     @property
+    def artifact_files(self) -> list[dict[str, Any]]:
+        """Size and SHA-256 of the artifact and of the files of external data that are named after it, in order."""
+        return [entry for name, entry in sorted(self.manifest.files.items())
+                if name.startswith(self.manifest.artifact)]
+
+    @property
     def artifact_bytes(self) -> int:
-        """Size of the artifact, with the files of external data that are named after it."""
-        return sum(entry["bytes"] for name, entry in self.manifest.files.items()
-                   if name.startswith(self.manifest.artifact))
+        """Size of the artifact, with its external data."""
+        return sum(entry["bytes"] for entry in self.artifact_files)
 
     def tokenizer(self) -> TextTokenizer:
         """The bundle's tokenizer and chat template."""
         return TextTokenizer(self.directory)
 
     def session(self, threads: int | None = None) -> Session:
-        """A session of the bundle's own runtime. threads: None for the runtime's default"""
+        """A session of the bundle's own runtime. threads: None for the runtime's default
+
+        Raises LfmEdgeError where the runtime takes no number of threads, or cannot load the artifact.
+        """
+        if threads is not None and not self.target.takes_threads:
+            raise LfmEdgeError(f"--threads {threads}: the runtime of {self.target.name} chooses its threads itself")
         return self.target.runtime().open_session(self, threads)
 
     def _check_files(self) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,10 +61,15 @@ def export(
     prefill_chunk: Annotated[int, typer.Option(help="Most tokens that one step takes.")] = 128,
     group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128.")] = 32,
     head_bits: Annotated[int, typer.Option(help="Bits of embedding and head: 8, or 4 for the last megabytes.")] = 8,
-    kv_dtype: Annotated[str, typer.Option(help="Type of the KV cache: float32, or int8 for about a quarter of it.")
-                        ] = "float32",
+    compute_dtype: Annotated[str | None, typer.Option(
+        help="What the program computes in: float16, bfloat16 or float32, as far as the target has a choice. "
+             "(default: the target's own)", show_default=False)] = None,
+    kv_dtype: Annotated[str | None, typer.Option(
+        help="Type of the KV cache: int8, or the type that the program computes in. (default: the latter)",
+        show_default=False)] = None,
     state: Annotated[str, typer.Option(help="explicit: the app owns the state, and can snapshot it. internal: the "
-                                            "program does, as the stock LLM runners want it.")] = "explicit",
+                                            "program does, as the stock LLM runners and Core ML's MLState want it.")
+                     ] = "explicit",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle, once the new one is whole.")
                      ] = False,
 ) -> None:
@@ -74,8 +80,8 @@ def export(
         output = Path(f"{model.removeprefix('random:').rstrip('/').rsplit('/', 1)[-1]}-{target}")
     with _progress() as progress:
         bundle = run(model, target=target, output=output, context=context, prefill_chunk=prefill_chunk,
-                     group_size=group_size, head_bits=head_bits, kv_dtype=kv_dtype, state=state, force=force,
-                     progress=progress)
+                     group_size=group_size, head_bits=head_bits, compute_dtype=compute_dtype, kv_dtype=kv_dtype,
+                     state=state, force=force, progress=progress)
     _show_bundle(bundle)
     where = escape(str(output))
     out.print(f"\nwritten to [bold]{where}[/]; next: lfm-edge verify {where}", soft_wrap=True)
@@ -125,19 +131,25 @@ def bench(
 ) -> None:
     """Measure load time, time to first token, tokens per second and memory.
 
-    Exits with 1 where a bundle is over the budget.
+    Exits with 1 where a bundle is over the budget. Bundles for Apple's runtimes are measured on a Mac only.
     """
     from lfm_edge.harness.memory import parse_bytes
 
     limit = parse_bytes(budget)
     opened = [_open(path) for path in bundles]
-    from lfm_edge.harness.report import benchmark_table, megabytes
+    from lfm_edge.harness.report import benchmark_table, megabytes, not_measured_table
+    from lfm_edge.harness.speed import NotMeasured
     from lfm_edge.harness.speed import bench as run
 
+    left_out = [entry for entry in map(NotMeasured.of, opened) if entry is not None]
+    opened = [bundle for bundle in opened if NotMeasured.of(bundle) is None]
     with _progress() as progress:
         results = run(opened, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
                       repeat=repeat, budget=limit, progress=progress.stage)
-    _render([benchmark_table(results)], {"benchmarks": [result.to_dict() for result in results]}, json_file)
+    tables = [benchmark_table(results)] if results else []
+    tables += [not_measured_table(left_out)] if left_out else []
+    _render(tables, {"benchmarks": [result.to_dict() for result in results],
+                     "not_measured": [asdict(entry) for entry in left_out]}, json_file)
     over = [result for result in results if not result.within_budget]
     for result in over:
         err.print(f"{result.bundle}: peak memory {megabytes(result.peak_bytes)} is over the budget of "

@@ -31,6 +31,7 @@ DEFAULT_PREFILL_CHUNK = 128
 class ExportJob:
     """All that an exporter needs.
 
+    compute_dtype: of activations and of all that is not quantized, one of the target's
     state_mode: `explicit` (the caller owns the state) or `internal` (the program does)
     prefill_chunk: most tokens that one step takes
     """
@@ -39,6 +40,7 @@ class ExportJob:
     weights: Weights
     recipe: Recipe
     state: StateSpec
+    compute_dtype: str
     state_mode: str
     prefill_chunk: int
 
@@ -58,14 +60,16 @@ class Artifact:
 
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
            prefill_chunk: int = DEFAULT_PREFILL_CHUNK, group_size: int = 32, head_bits: int = 8,
-           kv_dtype: str = "float32", state: str = "explicit", force: bool = False,
-           progress: Progress | None = None) -> Bundle:
+           compute_dtype: str | None = None, kv_dtype: str | None = None, state: str = "explicit",
+           force: bool = False, progress: Progress | None = None) -> Bundle:
     """Export a checkpoint to a bundle directory and open it.
 
     model: a local Hugging Face directory, a hub id, or `random:PRESET`
     context: positions that the KV cache holds; 4096, or the model's own limit where that is lower
     prefill_chunk: most tokens that one step takes
     group_size: columns that share a 4-bit scale; head_bits: width of embedding and head
+    compute_dtype: what the program computes in; the target's own where none is given
+    kv_dtype: of the KV cache; the compute type where none is given
     force: replace an existing bundle, once the new one is whole
 
     The bundle is written beside `output` and renamed when complete: an interrupted export leaves nothing,
@@ -74,7 +78,9 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     progress = progress or Progress()
     chosen = target_named(target)
     chosen.check_installed()
-    _check_options(chosen, context, prefill_chunk, group_size, head_bits, kv_dtype, state)
+    compute_dtype = compute_dtype or chosen.compute_dtypes[0]
+    kv_dtype = kv_dtype or compute_dtype
+    _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state)
     checkpoint = open_checkpoint(model)
     limit = checkpoint.config.max_position_embeddings
     if context is None:
@@ -82,7 +88,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     if context > limit:
         raise ExportError(f"--context {context} is more than the model's {limit}")
     bits = recipe(chosen.bits, group_size, head_bits, chosen.activations)
-    layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.kv_heads_first)
+    layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout, compute_dtype)
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
         progress.stage("quantize", len(checkpoint.names))
@@ -96,7 +102,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
             write_kv_scales(scales, directory)
             weights |= scales
         exporter = chosen.exporter()
-        job = ExportJob(checkpoint.config, weights, bits, layout, state, min(prefill_chunk, context))
+        job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, min(prefill_chunk, context))
         artifact = exporter.export(job, directory, progress.stage)
         progress.stage("seal the bundle")
         manifest = _manifest(checkpoint, chosen, job, artifact, digest)
@@ -106,11 +112,13 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
 
 
 def _check_options(target: Target, context: int | None, prefill_chunk: int, group_size: int, head_bits: int,
-                   kv_dtype: str, state: str) -> None:
+                   compute_dtype: str, kv_dtype: str, state: str) -> None:
     """Refuse what the target cannot honour, with the reason."""
+    kv_dtypes = tuple(dtype for dtype in target.kv_dtypes if dtype in ("int8", compute_dtype))
     choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("--group-size", group_size, GROUP_SIZES), ("--head-bits", head_bits, HEAD_BITS),
-        ("--kv-dtype", kv_dtype, target.kv_dtypes), ("--state", state, target.state_modes))
+        ("--compute-dtype", compute_dtype, target.compute_dtypes), ("--kv-dtype", kv_dtype, kv_dtypes),
+        ("--state", state, target.state_modes))
     for option, value, allowed in choices:
         if value not in allowed:
             raise ExportError(f"{option} {value}: {target.name} takes {' or '.join(map(str, allowed))}")
@@ -124,7 +132,8 @@ def _check_options(target: Target, context: int | None, prefill_chunk: int, grou
 
 def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact, digest: str) -> Manifest:
     return Manifest(
-        target=target.name, artifact=artifact.path, state_mode=job.state_mode, prefill_chunk=job.prefill_chunk,
+        target=target.name, artifact=artifact.path, compute_dtype=job.compute_dtype, state_mode=job.state_mode,
+        prefill_chunk=job.prefill_chunk,
         config=job.config, recipe=job.recipe, state=job.state, lowering=artifact.lowering,
         source=checkpoint.source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
         weights_sha256=digest,

@@ -40,7 +40,12 @@ class Session(ABC):
     `prefill(b)` or a `decode` for each token of b would. A call that raises leaves it unchanged.
 
     vocab_size: logits that a step gives; chunk: most tokens that one step takes
+    arithmetic: the type that it computes in
+    remark: what `verify` must say about who computes, where that is not what computes on the device
     """
+
+    arithmetic = "float32"
+    remark = ""
 
     def __init__(self, spec: StateSpec, vocab_size: int, chunk: int) -> None:
         self.spec = spec
@@ -105,3 +110,15 @@ class Session(ABC):
         if self.position + len(tokens) > self.spec.context:
             raise ContextFull(f"{len(tokens)} more tokens do not fit: the session is at {self.position} "
                               f"of a context of {self.spec.context}")
+
+
+class InternalState:
+    """For a session whose program keeps state of its own: it can be reset, and nothing else."""
+
+    def snapshot(self) -> Snapshot:
+        """Raises LfmEdgeError."""
+        raise LfmEdgeError("this bundle keeps its state inside the program; export with --state explicit to snapshot")
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Raises LfmEdgeError."""
+        raise LfmEdgeError("this bundle keeps its state inside the program; export with --state explicit to restore")

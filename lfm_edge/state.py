@@ -14,8 +14,7 @@ import torch
 
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import BundleError
-
-KV_DTYPES = ("float32", "int8")
+from lfm_edge.targets import StateLayout
 
 REPLACE = "replace"
 APPEND = "append"
@@ -41,6 +40,11 @@ class StateTensor:
     axis: int = 1
 
     @property
+    def next_name(self) -> str:
+        """The output that gives its next value, or the step's rows of it."""
+        return self.name.replace("past_key_values", "present").replace("past_conv", "present_conv")
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The element type, as torch knows it."""
         return getattr(torch, self.dtype)
@@ -56,11 +60,14 @@ class StateTensor:
 
     def fresh(self) -> torch.Tensor:
         """The tensor of a session at position 0."""
-        if self.initial == 0:
+        if self.initial == 0 and self.nbytes > 0:
             # numpy asks the system for zeroed pages, which take no memory until they are written: a cache
             # costs what is filled of it. torch.zeros writes every page.
-            return torch.from_numpy(np.zeros(self.shape, dtype=self.dtype))
+            return torch.from_numpy(np.zeros(self.nbytes, np.uint8)).view(self.torch_dtype).view(self.shape)
         return torch.full(self.shape, self.initial, dtype=self.torch_dtype)
+
+
+_AS_THE_REFERENCE = StateLayout()
 
 
 @dataclass(frozen=True)
@@ -74,33 +81,33 @@ class StateSpec:
     context: int
 
     @classmethod
-    def of(cls, config: ModelConfig, context: int, kv_dtype: str = "float32",
-           heads_first: bool = False) -> StateSpec:
+    def of(cls, config: ModelConfig, context: int, kv_dtype: str = "float32", layout: StateLayout = _AS_THE_REFERENCE,
+           conv_dtype: str = "float32") -> StateSpec:
         """The state of `config` at a context of `context` tokens.
 
-        conv: float32 [1, hidden, taps - 1], the last columns of B*x (none where there is a single tap)
+        conv: [1, hidden, taps - 1], the last columns of B*x (none where there is a single tap)
         key, value: [1, context, kv_heads, head_dim]; at `kv_dtype` int8 with a float32 scale and an int8 zero
             point for each position and head, [1, context, kv_heads, 1]
-        heads_first: key, value are [1, kv_heads, context, head_dim]; at int8 the scales are constants of the
-            program, one for each channel
+        layout: where a backend wants other shapes
         """
         tensors: list[StateTensor] = []
-        heads = config.num_key_value_heads
-        rows = (1, heads, context) if heads_first else (1, context, heads)
+        heads, past = config.num_key_value_heads, config.conv_taps - 1
+        rows = (1, heads, context) if layout.kv_heads_first else (1, context, heads)
+        conv = (1, past, config.hidden_size) if layout.conv_channels_last else (1, config.hidden_size, past)
 
         def cache(layer: int, kind: str, width: int, dtype: str, initial: float = 0.0) -> StateTensor:
             name = f"past_key_values.{layer}.{kind}"
-            return StateTensor(name, layer, kind, (*rows, width), dtype, APPEND, initial, 2 if heads_first else 1)
+            return StateTensor(name, layer, kind, (*rows, width), dtype, APPEND, initial,
+                               2 if layout.kv_heads_first else 1)
 
         for layer in range(config.num_layers):
             if layer in config.conv_layers:
                 if config.conv_taps > 1:
-                    shape = (1, config.hidden_size, config.conv_taps - 1)
-                    tensors.append(StateTensor(f"past_conv.{layer}", layer, "conv", shape, "float32", REPLACE))
+                    tensors.append(StateTensor(f"past_conv.{layer}", layer, "conv", conv, conv_dtype, REPLACE))
                 continue
             for part in ("key", "value"):
                 tensors.append(cache(layer, part, config.head_dim, kv_dtype))
-                if kv_dtype == "int8" and not heads_first:
+                if kv_dtype == "int8" and not layout.kv_heads_first:
                     tensors.append(cache(layer, f"{part}_scale", 1, "float32", 1.0))
                     tensors.append(cache(layer, f"{part}_zero_point", 1, "int8"))
         return cls(tuple(tensors), context)

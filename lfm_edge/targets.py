@@ -34,13 +34,29 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
+class StateLayout:
+    """How a backend wants its state to lie.
+
+    kv_heads_first: caches are [1, kv_heads, context, head_dim] instead of [1, context, kv_heads, head_dim]; at
+        int8 their scales are constants of the program, one for each channel
+    conv_channels_last: conv states are [1, taps - 1, hidden] instead of [1, hidden, taps - 1]
+    """
+
+    kv_heads_first: bool = False
+    conv_channels_last: bool = False
+
+
+@dataclass(frozen=True)
 class Target:
     """One row of the table.
 
     bits: of the linear layers' weights
     exporter_name, runtime_name: its modules, `exporters.NAME` and `runtimes.NAME`; the extra has the exporter's name
     requires: packages that must be importable for it, the runtime first
-    kv_heads_first: how its caches lie (see `StateSpec.of`)
+    compute_dtypes: in what the program may compute, the default first
+    kv_dtypes: of caches; a floating-point one must be the one that the program computes in
+    measured_on: the `sys.platform`s on which its speed and memory mean something
+    takes_threads: whether its runtime can be told how many threads to use
     """
 
     name: str
@@ -49,13 +65,16 @@ class Target:
     requires: tuple[str, ...]
     bits: int
     activations: str
+    compute_dtypes: tuple[str, ...]
     kv_dtypes: tuple[str, ...]
-    kv_heads_first: bool
+    state_layout: StateLayout
     state_modes: tuple[str, ...]
     artifact: str
     runs_on: str
     weights: str
     thresholds: Thresholds
+    measured_on: tuple[str, ...] = ("linux", "darwin")
+    takes_threads: bool = True
 
     @property
     def installed(self) -> bool:
@@ -101,8 +120,9 @@ _XNNPACK_PARITY = {"logit_error": 1e-3, "typical_error": 1e-4, "kl_divergence": 
 
 _EXECUTORCH = {
     "exporter_name": "executorch", "runtime_name": "executorch", "requires": ("executorch",),
-    "activations": "int8 rows", "kv_dtypes": ("float32", "int8"), "kv_heads_first": False,
-    "state_modes": ("explicit", "internal"), "artifact": "model.pte", "runs_on": "Android, iOS, Linux (XNNPACK)",
+    "activations": "int8 rows", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
+    "state_layout": StateLayout(), "state_modes": ("explicit", "internal"), "artifact": "model.pte",
+    "runs_on": "Android, iOS, Linux (XNNPACK)",
 }
 
 # The reference rounds activations block by block, as MLAS does on x86-64, and what is said above holds here too:
@@ -112,8 +132,30 @@ _ONNX_PARITY = _XNNPACK_PARITY
 
 _ONNX = {
     "exporter_name": "onnx", "runtime_name": "onnxruntime", "requires": ("onnxruntime", "onnxscript"),
-    "activations": "int8 blocks", "kv_dtypes": ("float32", "int8"), "kv_heads_first": True,
-    "state_modes": ("explicit",), "runs_on": "any CPU (ONNX Runtime), browsers",
+    "activations": "int8 blocks", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
+    "state_layout": StateLayout(kv_heads_first=True), "state_modes": ("explicit",),
+    "runs_on": "any CPU (ONNX Runtime), browsers",
+}
+
+# Activations are not rounded to 8 bits here, so nothing tips: in float32 the error is that of sums in another order,
+# 5e-6 of the spread, and in 16 bits it is of the size of the floor.
+_FLOAT_PARITY = {"logit_error": 1e-4, "typical_error": 1e-5, "kl_divergence": 1e-8, "noise_factor": 3.0}
+
+_APPLE = {
+    "activations": "float", "state_layout": StateLayout(kv_heads_first=True, conv_channels_last=True),
+    "measured_on": ("darwin",), "takes_threads": False,
+}
+
+_MLX = {
+    "exporter_name": "mlx", "runtime_name": "mlx", "requires": ("mlx",), "compute_dtypes": ("bfloat16", "float32"),
+    "kv_dtypes": ("bfloat16", "float32"), "state_modes": ("explicit",), "artifact": "model.safetensors",
+    "runs_on": "Apple silicon (MLX)",
+}
+
+_COREML = {
+    "exporter_name": "coreml", "runtime_name": "coreml", "requires": ("coremltools",),
+    "compute_dtypes": ("float16", "float32"), "kv_dtypes": ("float16", "float32"),
+    "state_modes": ("explicit", "internal"), "artifact": "model.mlpackage", "runs_on": "iOS 18, macOS 15 (Core ML)",
 }
 
 TARGETS: dict[str, Target] = {target.name: target for target in (
@@ -129,6 +171,14 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
     Target("onnx-q8", bits=8, weights="int8 per channel, int8 dynamic activations",
            artifact="onnx/model_quantized.onnx",
            thresholds=Thresholds(**_ONNX_PARITY, quality_kl=0.1, task_drop=0.02), **_ONNX),
+    Target("coreml-q4", bits=4, weights="int4 groups, int8 head",
+           thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.5, task_drop=0.05), **_COREML, **_APPLE),
+    Target("coreml-q8", bits=8, weights="int8 per channel",
+           thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.1, task_drop=0.02), **_COREML, **_APPLE),
+    Target("mlx-q4", bits=4, weights="int4 groups, int8 head",
+           thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.5, task_drop=0.05), **_MLX, **_APPLE),
+    Target("mlx-q8", bits=8, weights="int8 per channel",
+           thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.1, task_drop=0.02), **_MLX, **_APPLE),
 )}
 
 

@@ -15,8 +15,8 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.extension.pybindings import portable_lib
 
 from lfm_edge.bundle import Bundle
-from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.session import Logits, Session, Snapshot
+from lfm_edge.errors import BundleError
+from lfm_edge.session import InternalState, Logits, Session
 
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
@@ -60,18 +60,12 @@ class ExecutorchSession(Session):
         return logits[0, -1].clone().numpy()
 
 
-class InternalStateSession(ExecutorchSession):
-    """The state is the program's: it can be reset, and nothing else."""
+class InternalStateSession(InternalState, ExecutorchSession):
+    """The state is the program's."""
 
     def __init__(self, spec, vocab_size, chunk) -> None:
         super().__init__(spec, vocab_size, chunk)
         self.state = []
-
-    def snapshot(self) -> Snapshot:
-        raise LfmEdgeError("this bundle keeps its state inside the program; export with --state explicit to snapshot")
-
-    def restore(self, snapshot: Snapshot) -> None:
-        raise LfmEdgeError("this bundle keeps its state inside the program; export with --state explicit to restore")
 
     def reset(self) -> None:
         self.position = 0

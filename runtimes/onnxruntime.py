@@ -58,14 +58,17 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
         raise BundleError(f"{bundle.artifact}: not a readable ONNX graph ({error})") from None
 
 
-def load(path: Path, threads: int | None = None, **entries: str) -> onnxruntime.InferenceSession:
-    """Load a graph; `entries` are session options. Raises BundleError where ONNX Runtime cannot."""
+def load(path: Path, threads: int | None = None, pack_into: Path | None = None) -> onnxruntime.InferenceSession:
+    """Load a graph. pack_into: a directory to save it in, weights packed. Raises BundleError where that fails."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # what goes wrong is raised as well
-    options.optimized_model_filepath = entries.pop("optimized_model_filepath", "")
-    for key, value in entries.items():
-        options.add_session_config_entry(f"session.{key}", value)
+    if pack_into is not None:
+        options.optimized_model_filepath = str(pack_into / _GRAPH)
+        for name, value in (("save_external_prepacked_constant_initializers", "1"),
+                            ("optimized_model_external_initializers_file_name", _DATA),
+                            ("optimized_model_external_initializers_min_size_in_bytes", "1024")):
+            options.add_session_config_entry(f"session.{name}", value)
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises a class of its own for each status
@@ -86,11 +89,7 @@ def packed_graph(bundle: Bundle) -> Path:
         with tempfile.TemporaryDirectory(dir=packed.parent.parent, prefix=".partial-") as partial:
             saved, aligned = Path(partial) / "saved", Path(partial) / "aligned"
             saved.mkdir()
-            expected = _trial(bundle, load(
-                bundle.artifact, optimized_model_filepath=str(saved / _GRAPH),
-                save_external_prepacked_constant_initializers="1",
-                optimized_model_external_initializers_file_name=_DATA,
-                optimized_model_external_initializers_min_size_in_bytes="1024"))
+            expected = _trial(bundle, load(bundle.artifact, pack_into=saved))
             _align(saved, aligned)
             if not np.array_equal(_trial(bundle, load(aligned / _GRAPH)), expected):
                 shutil.rmtree(aligned)
@@ -146,8 +145,7 @@ def _align(saved: Path, aligned: Path) -> None:
 
 def packed_directory(bundle: Bundle) -> Path:
     """Where the packed graph is kept: a place for each artifact, version of ONNX Runtime and kind of processor."""
-    files = bundle.manifest.files
-    parts = [entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(bundle.manifest.artifact)]
+    parts = [entry["sha256"] for entry in bundle.artifact_files]
     key = hashlib.sha256(repr([_FORMAT, *parts, onnxruntime.__version__, _processor()]).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "lfm-edge" / "onnxruntime" / key[:32]
@@ -156,8 +154,10 @@ def packed_directory(bundle: Bundle) -> Path:
 def _processor() -> tuple[str, ...]:
     """What the choice of kernels depends on: the instruction set and its extensions."""
     described = Path("/proc/cpuinfo")
-    text = described.read_text() if described.is_file() else platform.processor()
-    return (platform.machine(), *sorted(set(re.findall(r"^(?:flags|Features)\s*:.*$", text, flags=re.MULTILINE))))
+    if not described.is_file():
+        return platform.machine(), platform.processor()
+    lines = re.findall(r"^(?:flags|Features)\s*:.*$", described.read_text(), flags=re.MULTILINE)
+    return (platform.machine(), *sorted(set(lines)))
 
 
 def _drop_read_pages(directory: Path) -> None:

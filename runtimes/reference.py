@@ -18,7 +18,9 @@ from lfm_edge.model.weights import Weights
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import StateSpec
 
-_ROUNDING = 2.0 ** -21  # a few float32 roundings: what sums of some hundred terms differ by
+# In float32 a few roundings: what sums of some hundred terms differ by. Where a program computes in fewer bits, its
+# sums are wider than that and its results are rounded: one rounding.
+_ROUNDING = {"float32": 2.0 ** -21, "float16": 2.0 ** -11, "bfloat16": 2.0 ** -8}
 _SCORED_AT_ONCE = 64  # positions whose logits over the whole vocabulary are held at once
 
 
@@ -36,19 +38,20 @@ class ReferenceSession(Session):
         self.decoder = Decoder(config, weights, spec, Lowering(activations))
         self._jitter: list[RemovableHandle] = []
 
-    def jitter(self, seed: int) -> None:
-        """From now on, disturb the input of every linear layer as much as another order of float32 sums would.
+    def jitter(self, seed: int, arithmetic: str = "float32") -> None:
+        """From now on, disturb the input of every linear layer as much as a few roundings would.
 
         What that does to the logits is the model's own noise floor: no two correct implementations can be
         expected to agree more closely.
         """
+        size = _ROUNDING[arithmetic]
         for handle in self._jitter:
             handle.remove()
         generator = torch.Generator().manual_seed(seed)
 
         def disturb(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
             x, = inputs
-            return (x * (1.0 + _ROUNDING * torch.randn(x.shape, generator=generator)),)
+            return (x * (1.0 + size * torch.randn(x.shape, generator=generator)),)
 
         self._jitter = [module.register_forward_pre_hook(disturb)
                         for module in self.decoder.modules() if isinstance(module, Linear)]

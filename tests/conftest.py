@@ -1,6 +1,8 @@
 """What several test files share."""
 
+import json
 import os
+import shutil
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts: see lfm_edge/cli.py
@@ -28,3 +30,14 @@ def tiny_bundle(tmp_path_factory):
     from lfm_edge import export
 
     return export(TINY, target="android-q4", output=tmp_path_factory.mktemp("tiny") / "bundle", context=1024)
+
+
+@pytest.fixture(scope="session")
+def few_tasks(tmp_path_factory):
+    """The trained toy checkpoint with two prompts of each of its tasks, for runtimes that are slow here."""
+    copy = shutil.copytree(TINY, tmp_path_factory.mktemp("few-tasks") / "checkpoint")
+    tasks = json.loads((copy / "tasks.json").read_text())
+    kept = [task for kind in {task["task"]: None for task in tasks}
+            for task in [task for task in tasks if task["task"] == kind][:2]]
+    (copy / "tasks.json").write_text(json.dumps(kept))
+    return copy

@@ -113,7 +113,8 @@ def fill_bundle(directory: Path, artifact: bytes = b"not a real program", target
     config = ModelConfig.from_dict(hf_config().to_dict())
     (directory / "model.pte").write_bytes(artifact)
     write_chatml_tokenizer(directory, config.vocab_size)
-    Manifest(target=target, artifact="model.pte", state_mode="explicit", prefill_chunk=16, config=config,
+    Manifest(target=target, artifact="model.pte", compute_dtype="float32",
+             state_mode="explicit", prefill_chunk=16, config=config,
              recipe=recipe(4, 32, 8, "int8 rows"), state=StateSpec.of(config, 64), lowering={}, source="made by a test",
              source_sha256="0" * 64, licence="none", weights_sha256="0" * 64, versions={"lfm-edge": "0"},
              ).write(directory)

@@ -436,7 +436,7 @@ def test_an_artifact_that_is_not_listed_is_refused(bundle):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b'"text"', b"{}", b"\xff\xfe\x00",
-                                     b"[" * 100_000, b'{"schema_version": 1}'])
+                                     b"[" * 100_000, b'{"schema_version": 2}'])
 def test_a_manifest_that_is_none_is_refused(bundle, content):
     (bundle / "manifest.json").write_bytes(content)
 
@@ -471,11 +471,11 @@ def test_a_manifest_with_an_impossible_config_is_refused(bundle):
     assert "num_key_value_heads" in refusal(bundle, ConfigError)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_schema_version_is_refused(bundle, version):
     edit_manifest(bundle, lambda manifest: manifest.update(schema_version=version))
 
-    assert f"schema version {version}; this lfm-edge reads 1" in refusal(bundle)
+    assert f"schema version {version}; this lfm-edge reads 2" in refusal(bundle)
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones(bundle):

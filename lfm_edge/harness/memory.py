@@ -1,4 +1,4 @@
-"""Memory of a process, as Linux accounts for it (proc(5)); Android's kernel has the same files."""
+"""Memory of a process, as Linux (proc(5); Android's kernel has the same files) or macOS accounts for it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAP_IPC_LOCK = 14
+_RUSAGE_INFO_V4 = 4  # of proc_pid_rusage (libproc.h): a 16-byte UUID, then 64-bit fields, of which these:
+_RESIDENT, _FOOTPRINT, _LARGEST_FOOTPRINT = 6, 7, 28
+_RUSAGE_FIELDS = 64  # more than there are
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -25,6 +28,9 @@ class Memory:
 
     anonymous: heap and other memory of its own; file_backed: clean or shared pages of files; peak: the
     largest sum of both since the start, or since `reset_peak`
+
+    On macOS, as on iOS, what counts is the footprint: `anonymous` and `peak` are that, memory of the GPU included,
+    and `peak` counts from the start.
     """
 
     anonymous: int
@@ -44,8 +50,10 @@ class Memory:
 
 def read_memory() -> Memory:
     """This process's memory now. Raises LfmEdgeError where the system does not tell."""
+    if sys.platform == "darwin":
+        return _read_rusage()
     if not _STATUS.is_file():
-        raise LfmEdgeError(f"bench reads {_STATUS}, which {sys.platform} does not have; run it on Linux")
+        raise LfmEdgeError(f"bench reads {_STATUS}, which {sys.platform} does not have; run it on Linux or macOS")
     fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
 
     def kilobytes(name: str) -> int:
@@ -54,9 +62,19 @@ def read_memory() -> Memory:
     return Memory(kilobytes("RssAnon"), kilobytes("RssFile") + kilobytes("RssShmem"), kilobytes("VmHWM"))
 
 
+def _read_rusage() -> Memory:
+    fields = (ctypes.c_uint64 * (2 + _RUSAGE_FIELDS))()
+    if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), _RUSAGE_INFO_V4, fields) != 0:
+        raise LfmEdgeError("proc_pid_rusage does not tell the memory of this process")
+    values = fields[2:]
+    footprint = values[_FOOTPRINT]
+    return Memory(footprint, max(values[_RESIDENT] - footprint, 0), values[_LARGEST_FOOTPRINT])
+
+
 def reset_peak() -> None:
-    """Let `peak` count from here on."""
-    _CLEAR_REFS.write_text("5")
+    """Let `peak` count from here on, where the system allows it."""
+    if _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")
 
 
 def forbid_locking() -> None:
@@ -66,6 +84,8 @@ def forbid_locking() -> None:
     embedding table would then be resident, and counted, though a step reads a few rows of it.
     """
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+    if sys.platform != "linux":
+        return  # elsewhere the limit binds everyone
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)  # of this process: capabilities(7), capget(2)
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, for the lower and the upper 32

@@ -7,19 +7,20 @@ from collections.abc import Callable
 from rich.table import Table
 
 from lfm_edge.bundle import Bundle
-from lfm_edge.harness.speed import Benchmark, Spread
+from lfm_edge.harness.speed import Benchmark, NotMeasured, Spread
 from lfm_edge.harness.verify import Verification
 
 
 def megabytes(count: int) -> str:
-    """Bytes in MB (10**6)."""
-    return f"{count / 1e6:,.1f} MB"
+    """Bytes in MB (10**6), small sizes in kB (10**3)."""
+    return f"{count / 1e6:,.1f} MB" if abs(count) >= 100_000 else f"{count / 1e3:,.1f} kB"
 
 
 def verification_tables(result: Verification) -> list[Table]:
     """What `verify` shows."""
     parity = Table("phase", "positions", "logit error", "KL (nats)", "top-1", "noise floor", "", title_justify="left",
-                   title=f"{result.target}: artifact against the quantized reference")
+                   title=f"{result.target}: artifact against the quantized reference",
+                   caption=result.remark or None, caption_justify="left")
     for row, floor in zip(result.parity, result.floor, strict=True):
         parity.add_row(row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{row.kl_divergence:.1e}",
                        f"{row.top1_agreement:.1%}", f"{floor.logit_error:.1e}", _verdict(row.within(result.limits)))
@@ -71,6 +72,15 @@ def benchmark_table(results: list[Benchmark]) -> Table:
     return table
 
 
+def not_measured_table(left_out: list[NotMeasured]) -> Table:
+    """What `bench` shows of bundles that it cannot measure here."""
+    table = Table("bundle", "artifact", "state", "", title="not measured", title_justify="left")
+    for entry in left_out:
+        table.add_row(f"{entry.bundle}\n({entry.target})", megabytes(entry.artifact_bytes),
+                      megabytes(entry.state_bytes), entry.reason)
+    return table
+
+
 def _budget(result: Benchmark) -> str:
     over = result.peak_bytes - result.budget_bytes
     return "[green]within[/]" if over <= 0 else f"[red]over[/] by {megabytes(over)}"
@@ -80,7 +90,9 @@ def bundle_table(bundle: Bundle) -> Table:
     """What `inspect` shows."""
     manifest, config = bundle.manifest, bundle.manifest.config
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")  # names of files may be long
     recipe = manifest.recipe.to_dict()
+    activations = manifest.compute_dtype if recipe["activations"] == "float" else recipe["activations"]
     rows = [
         ("target", f"{manifest.target}: {bundle.target.runs_on}"),
         ("checkpoint", f"{manifest.source} (SHA-256 {manifest.source_sha256[:16]}...), licence: {manifest.licence}"),
@@ -88,7 +100,7 @@ def bundle_table(bundle: Bundle) -> Table:
                   f"{config.vocab_size}; {len(config.conv_layers)} conv layers of {config.conv_taps} taps, "
                   f"{len(config.attention_layers)} attention layers"),
         ("weights", f"linear layers {_scheme(recipe['body'])}; embedding and head {_scheme(recipe['head'])}; "
-                    f"activations {recipe['activations']}"),
+                    f"activations {activations}"),
         ("state", f"{manifest.state_mode}, context {manifest.state.context}: "
                   f"KV {megabytes(manifest.state.nbytes_of(conv=False))}, "
                   f"conv {megabytes(manifest.state.nbytes_of(conv=True))}"),

@@ -87,6 +87,27 @@ class Benchmark:
         return {**asdict(self), "within_budget": self.within_budget}
 
 
+@dataclass(frozen=True)
+class NotMeasured:
+    """A bundle whose speed and memory this machine cannot tell, and why; its sizes are what they are anywhere."""
+
+    bundle: str
+    target: str
+    reason: str
+    artifact_bytes: int
+    state_bytes: int
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> NotMeasured | None:
+        """None where the bundle can be measured here."""
+        if sys.platform in bundle.target.measured_on:
+            return None
+        reason = (f"runs on {bundle.target.runs_on}; what computes it on {sys.platform} tells nothing about its speed "
+                  "and memory there. Run this command on a Mac")
+        return cls(str(bundle.directory), bundle.manifest.target, reason, bundle.artifact_bytes,
+                   bundle.manifest.state.nbytes)
+
+
 def bench(bundles: Sequence[Bundle], *, prompt_tokens: int = 512, generate_tokens: int = 64, threads: int | None = None,
           repeat: int = 3, budget: int = 10**9, progress: Callable[[str], None] = lambda name: None) -> list[Benchmark]:
     """Measure bundles in turn, `repeat` rounds each.
@@ -103,7 +124,8 @@ def bench(bundles: Sequence[Bundle], *, prompt_tokens: int = 512, generate_token
                                f"not fit its context of {context}; give smaller --prompt-tokens or --generate-tokens")
     for bundle in bundles:
         progress(f"{bundle.directory.name}, loaded once")  # what a first load on a machine makes, later ones find
-        _in_child(bundle, "-c", f"from lfm_edge import open_bundle; open_bundle({str(bundle.directory)!r}).session()")
+        _in_child(bundle, "-c", "from lfm_edge.bundle import Bundle; "
+                                f"Bundle.open({str(bundle.directory)!r}, check=False).session()")
     rounds: list[list[Round]] = [[] for _ in bundles]
     for number in range(repeat):
         for bundle, results in zip(bundles, rounds, strict=True):
@@ -116,6 +138,8 @@ def bench(bundles: Sequence[Bundle], *, prompt_tokens: int = 512, generate_token
 def _round_in_child(bundle: Bundle, prompt_tokens: int, generate_tokens: int, threads: int) -> Round:
     lines = _in_child(bundle, "-m", "lfm_edge.harness.speed", str(bundle.directory.resolve()),
                       str(prompt_tokens), str(generate_tokens), str(threads)).splitlines()
+    if not lines:
+        raise LfmEdgeError(f"{bundle.directory}: the measuring process printed nothing")
     raw = json.loads(lines[-1])
     return Round(**{**raw, **{name: Memory(**raw[name]) for name in ("loaded", "peak", "baseline")}})
 
@@ -138,7 +162,7 @@ def measure_round(directory: Path, prompt_tokens: int, generate_tokens: int, thr
     reset_peak()
     baseline = read_memory()
     start = time.perf_counter()
-    session = bundle.session(threads)
+    session = bundle.session(threads if bundle.target.takes_threads else None)
     loaded_at = time.perf_counter()
     loaded = read_memory().above(baseline)
     session.prefill(prompt)

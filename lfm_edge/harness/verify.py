@@ -43,13 +43,15 @@ class WeightCheck:
 class Verification:
     """What `verify` found.
 
-    floor: the quantized reference against itself with some float32 roundings of noise, phase by phase
+    remark: who computes, where that is not what computes on the device
+    floor: the quantized reference against itself with some roundings of noise, phase by phase
     limits: what parity must keep to, from the target's thresholds and the floor
     typical_error, typical_floor: the median error over all positions, of the artifact and of the noise
     skipped: phases that this bundle does not allow, with the reason
     """
 
     target: str
+    remark: str
     weights: WeightCheck
     parity: list[parity.Agreement]
     floor: list[parity.Agreement]
@@ -75,7 +77,7 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "target": self.target, "passed": self.passed,
+            "target": self.target, "remark": self.remark, "passed": self.passed,
             "weights": {**asdict(self.weights), "passed": self.weights.passed}, "limits": asdict(self.limits),
             "parity": [{**asdict(row), "passed": row.within(self.limits)} for row in self.parity],
             "typical_error": self.typical_error, "typical_floor": self.typical_floor,
@@ -105,6 +107,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     prompt = tokens[:max(1, len(tokens) - GREEDY_TOKENS)][:64]
     answer = parity.greedy_tokens(session, prompt, min(GREEDY_TOKENS, manifest.state.context - len(prompt)))
     our_answers = quality.right_answers(session, bundle, tasks, progress.advance)
+    arithmetic, remark = session.arithmetic, session.remark
     del session
 
     progress.stage("quantize the reference", len(checkpoint.names))
@@ -124,7 +127,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     progress.stage("measure its noise floor")
     disturbed = []
     for seed in range(NOISE_DRAWS):
-        reference.jitter(seed)
+        reference.jitter(seed, arithmetic)
         disturbed.append(parity.run_phases(reference, tokens, phases))
     del reference
 
@@ -138,7 +141,8 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     typical_floor = max(parity.typical_error(draw, theirs) for draw in disturbed)
     limits = parity.Limits.of(thresholds, floor, typical_floor)
     return Verification(
-        manifest.target, found, [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
+        manifest.target, remark, found,
+        [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
         parity.typical_error(ours, theirs), typical_floor, parity.judge_greedy(answer, followed, limits), cost,
         quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped)
 

@@ -37,19 +37,16 @@ class DecoderLayer(nn.Module):
         self.operator = ShortConv(weights) if kind == CONV else Attention(weights, config)
         self.ffn_norm = weights.norm("ffn_norm", config.norm_eps)
         self.feed_forward = FeedForward(weights)
-        self.is_conv = kind == CONV
+        self.last_token = weights.lowering.last_token()
 
     def forward(self, x: Tensor, place: Any, state: list[Tensor],
-                first_kept: int = 0) -> tuple[Tensor, list[Tensor]]:
+                last_only: bool = False) -> tuple[Tensor, list[Tensor]]:
         """x: float32 [B, T, H]; state: this layer's tensors -> the same
 
-        first_kept: tokens before it are left out once the operator has mixed them into the others
+        last_only: leave out the other tokens, once the operator has mixed them into the last one: [B, 1, H]
         """
-        if self.is_conv:
-            out, state = self.operator(self.operator_norm(x), state)
-        else:
-            out, state = self.operator(self.operator_norm(x), place, state)
-        x = (x + out)[:, first_kept:] if first_kept else x + out
+        out, state = self.operator(self.operator_norm(x), place, state)
+        x = self.last_token(x + out, place) if last_only else x + out
         return x + self.feed_forward(self.ffn_norm(x)), state
 
 
@@ -88,13 +85,12 @@ class Decoder(nn.Module):
         Returns logits float32 [1, 1, vocab] of the last token ([1, T, vocab] with `all_logits`), and the
         next state.
         """
-        length = tokens.shape[1]
-        place = self.positions(position, length)
+        place = self.positions(position, tokens.shape[1])
         x = self.embed_tokens(tokens)  # [1, T, H]
         following: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             # Only the last token's logits are wanted, so the last feed-forward need not see the others.
             is_last = index == len(self.layers) - 1 and not self.all_logits
-            x, updated = layer(x, place, [state[i] for i in self.state.of_layer(index)], length - 1 if is_last else 0)
+            x, updated = layer(x, place, [state[i] for i in self.state.of_layer(index)], is_last)
             following += updated
         return self.lm_head(self.embedding_norm(x)), following

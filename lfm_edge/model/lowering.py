@@ -9,7 +9,7 @@ same network into that backend's terms.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Lowering:
         return Rotary()
 
     def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """x [B, T, H], state [B, H, taps - 1] -> y [B, T, H], next state"""
+        """x [B, T, H], state [B, H, taps - 1], where the tokens stand -> y [B, T, H], next state"""
         return CausalConv(weight, bias)
 
     def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
@@ -71,6 +71,10 @@ class Lowering:
         kv_scales: of an 8-bit cache with constant scales, float32 [kv_heads, D] of keys and of values
         """
         return CachedAttention(scale, kv_scales)
+
+    def last_token(self) -> nn.Module:
+        """x [B, T, H] and where the tokens stand -> the last one's, [B, 1, H]"""
+        return LastToken()
 
 
 def _dense(weight: Weight) -> Tensor:
@@ -203,11 +207,19 @@ class CausalConv(nn.Module):
         self.weight = frozen(weight)  # [H, 1, taps]
         self.bias = frozen(bias)  # [H]
 
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor, place: Any) -> tuple[Tensor, Tensor]:
         """x: float32 [B, T, H]; state: float32 [B, H, taps - 1], the columns of x before these"""
         columns = torch.cat([state, x.transpose(1, 2)], dim=2)  # [B, H, taps - 1 + T]
         y = F.conv1d(columns, self.weight, self.bias, groups=self.weight.shape[0])  # [B, H, T]
         return y.transpose(1, 2), columns[:, :, x.shape[1]:]
+
+
+class LastToken(nn.Module):
+    """The last token of a step."""
+
+    def forward(self, x: Tensor, place: Any) -> Tensor:
+        """x: float32 [B, T, H] -> float32 [B, 1, H]"""
+        return x[:, -1:]
 
 
 class CachedAttention(nn.Module):

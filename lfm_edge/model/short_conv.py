@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lfm_edge.model.weights import LayerWeights
@@ -20,9 +22,9 @@ class ShortConv(nn.Module):
         self.out_proj = weights.linear("conv.out_proj")
         self.hidden_size = weights.tensor("conv.conv.weight").shape[0]
 
-    def forward(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """x: float32 [B, T, H]; state: one float32 [B, H, taps - 1], or none -> the same"""
+    def forward(self, x: Tensor, place: Any, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """x: float32 [B, T, H]; place: where the tokens stand; state: one [B, H, taps - 1], or none -> the same"""
         gate_in, gate_out, x = self.in_proj(x)  # each [B, T, H]
         past = state[0] if state else x.new_zeros(x.shape[0], self.hidden_size, 0)
-        x, past = self.conv(gate_in * x, past)
+        x, past = self.conv(gate_in * x, past, place)
         return self.out_proj(gate_out * x), [past] if state else []

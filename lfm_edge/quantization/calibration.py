@@ -17,7 +17,7 @@ from torch import Tensor
 from lfm_edge.config import ATTENTION, ModelConfig
 from lfm_edge.errors import BundleError
 from lfm_edge.model.decoder import DecoderLayer
-from lfm_edge.model.lowering import Embedding, Lowering
+from lfm_edge.model.lowering import Lowering
 from lfm_edge.model.weights import LayerWeights, Weights
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
@@ -57,7 +57,7 @@ def _embed(table: Tensor | QuantizedTensor, tokens: Sequence[int]) -> Tensor:
     ids = torch.tensor(tokens)
     if isinstance(table, QuantizedTensor):
         return QuantizedTensor(table.ints[ids], table.scales[ids], table.bits).dequantize()[None]
-    return Embedding(table)(ids)[None]
+    return table[ids][None]
 
 
 def write_kv_scales(scales: dict[str, Tensor], directory: Path) -> None:

@@ -1,0 +1,276 @@
+"""The network as plain operators over static shapes: for backends that compile a graph for one number of tokens.
+
+A program takes exactly `length` tokens. A shorter step is padded at its end, and told how many tokens are valid:
+the conv states and the logits are then those of the last *valid* token, and the host keeps the valid rows of the
+new keys and values. Caches are inputs only; a step gives its new rows, and the host writes them.
+
+Whatever depends on where the tokens stand (rotations, masks, the choice of the last valid token) is computed once
+at the beginning of the program, so that no layer has an index that is not constant. Choices are products with
+rows of a unit matrix, which are exact in every type.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn import functional as F
+
+from lfm_edge.config import ModelConfig
+from lfm_edge.errors import ExportError
+from lfm_edge.model.decoder import Decoder
+from lfm_edge.model.lowering import Lowering, RMSNorm, Weight, frozen, rotary_angles
+from lfm_edge.model.weights import Weights
+from lfm_edge.quantization.tensor import QuantizedTensor, dequantize
+from lfm_edge.state import StateSpec
+
+HIDDEN = -1e4  # added to the score of a position that is not seen: its exponential is 0 in every type
+
+
+@torch.library.custom_op("lfm_edge::linear", mutates_args=())
+def quantized_linear(x: Tensor, ints: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., cols] times a quantized weight: ints int8 [rows, cols], scales [rows, groups] -> [..., rows]"""
+    return F.linear(x, dequantize(ints, scales.float()).to(x.dtype), bias)
+
+
+@quantized_linear.register_fake
+def _(x: Tensor, ints: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], ints.shape[0])
+
+
+@torch.library.custom_op("lfm_edge::embedding", mutates_args=())
+def quantized_embedding(tokens: Tensor, ints: Tensor, scales: Tensor) -> Tensor:
+    """Rows of a quantized table, in the type of its scales: tokens int32 [1, T] -> [1, T, cols]"""
+    return dequantize(ints[tokens[0]], scales[tokens[0]].float()).to(scales.dtype)[None]
+
+
+@quantized_embedding.register_fake
+def _(tokens: Tensor, ints: Tensor, scales: Tensor) -> Tensor:
+    return scales.new_empty(*tokens.shape, ints.shape[1])
+
+
+class Step(NamedTuple):
+    """Which tokens a step takes. position: int32 [1], tokens before them; valid: int32 [1], how many are no padding,
+    or None where the program takes a single token"""
+
+    position: Tensor
+    valid: Tensor | None
+
+
+class Place(NamedTuple):
+    """What the layers need to know of a step; all of the program's type.
+
+    start: int32 [1], tokens before the step; cos, sin: [T, 1, D]
+    past_mask: [context], new_mask: [1, 1, G*T, T], added to scores; G query heads share a key head
+    conv_rows: [taps - 1, taps - 1 + T], chooses the next conv state; last_row: [1, T], the last valid token
+    """
+
+    start: Tensor
+    cos: Tensor
+    sin: Tensor
+    past_mask: Tensor
+    new_mask: Tensor
+    conv_rows: Tensor | None
+    last_row: Tensor | None
+
+
+class StaticLowering(Lowering):
+    """The pieces for `length` tokens, computed in `dtype`."""
+
+    def __init__(self, length: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.length = length
+        self.dtype = dtype
+
+    def positions(self, config: ModelConfig, context: int) -> nn.Module:
+        return Positions(config, context, self.length, self.dtype)
+
+    def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
+        return QuantizedLinear(_quantized_only(weight), bias, self.dtype)
+
+    def embedding(self, weight: Weight) -> nn.Module:
+        return QuantizedEmbedding(_quantized_only(weight), self.dtype)
+
+    def norm(self, weight: Tensor, eps: float) -> nn.Module:
+        return RMSNorm(weight.to(self.dtype), eps)
+
+    def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return ShiftedSum(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
+        return TwoPartAttention(scale)
+
+    def last_token(self) -> nn.Module:
+        return LastValidToken()
+
+
+def _quantized_only(weight: Weight) -> QuantizedTensor:
+    if not isinstance(weight, QuantizedTensor):
+        raise ExportError("bundles are quantized; float kernels are no target of ours")
+    return weight
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer that its backend dequantizes."""
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("ints", weight.ints)
+        self.register_buffer("scales", weight.scales.to(dtype))
+        self.bias = frozen(None if bias is None else bias.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., cols] -> [..., rows]"""
+        return quantized_linear(x, self.ints, self.scales, self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a quantized table."""
+
+    def __init__(self, weight: QuantizedTensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("ints", weight.ints)
+        self.register_buffer("scales", weight.scales.to(dtype))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int32 [1, T] -> [1, T, hidden]"""
+        return quantized_embedding(tokens, self.ints, self.scales)
+
+
+class Positions(nn.Module):
+    """Rotations, masks and choices of one step."""
+
+    def __init__(self, config: ModelConfig, context: int, length: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        angles = rotary_angles(config, context)
+        angles = torch.cat([angles, angles], dim=-1)  # [context, D]
+        # Two tables in one, because a lookup is dear where it leaves the accelerator.
+        self.register_buffer("rotations", torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        self.register_buffer("offsets", torch.arange(length, dtype=torch.int32))
+        self.register_buffer("columns", torch.arange(context, dtype=torch.int32))
+        causal = torch.full((length, length), HIDDEN).triu(diagonal=1)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        self.register_buffer("new_mask", causal.repeat(groups, 1)[None, None].to(dtype))
+        past = config.conv_taps - 1
+        self.register_buffer("conv_columns", torch.arange(past + length, dtype=torch.int32)[None])
+        self.register_buffer("conv_offsets", torch.arange(past, dtype=torch.int32)[:, None])
+        self.dtype = dtype
+
+    def forward(self, step: Step, length: int) -> Place:
+        """step: where; length: tokens that the program takes, padding included"""
+        last_position = self.columns.shape[0] - 1
+        positions = (step.position + self.offsets).clamp(max=last_position)  # padding may lie behind the context
+        cos, sin = F.embedding(positions, self.rotations).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D]
+        unseen = (self.columns >= step.position).to(self.dtype) * HIDDEN  # [context]
+        if step.valid is None:
+            return Place(step.position, cos, sin, unseen, self.new_mask, None, None)
+        conv_rows = (self.conv_columns == self.conv_offsets + step.valid).to(self.dtype)
+        last_row = (self.offsets == step.valid - 1).to(self.dtype)[None]
+        return Place(step.position, cos, sin, unseen, self.new_mask, conv_rows, last_row)
+
+
+class ShiftedSum(nn.Module):
+    """A depthwise causal convolution as a sum over its taps, each a product with the columns that much earlier.
+
+    Accelerators have no kernel for depthwise convolutions over time; products and sums they all have.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("taps", weight[:, 0].t().contiguous())  # [taps, H]
+        self.bias = frozen(bias)
+
+    def forward(self, x: Tensor, state: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """x: [1, T, H]; state: [1, taps - 1, H] -> the same"""
+        past, length = self.taps.shape[0] - 1, x.shape[1]
+        columns = torch.cat([state, x], dim=1) if past else x  # [1, taps - 1 + T, H]
+        y = sum(columns[:, tap:tap + length] * self.taps[tap] for tap in range(past + 1))
+        y = y if self.bias is None else y + self.bias
+        if not past:
+            return y, state
+        return y, columns[:, length:] if place.conv_rows is None else place.conv_rows @ columns
+
+
+class LastValidToken(nn.Module):
+    """The last token that is no padding."""
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """x: [1, T, H] -> [1, 1, H]"""
+        return x if place.last_row is None else place.last_row @ x
+
+
+class TwoPartAttention(nn.Module):
+    """Attention over the cache as it was before the step, and over the step's own keys and values.
+
+    The query heads that share a key head are rows of one product, so no key is copied for each of them.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
+                place: Place) -> tuple[Tensor, list[Tensor]]:
+        """query: [1, T, heads, D]; key, value: [1, T, kv_heads, D]; state: [1, kv_heads, context, D] each
+
+        Returns [1, T, heads, D], and the step's rows of the caches, [1, kv_heads, T, D] each.
+        """
+        past_keys, past_values = state
+        query, key, value = grouped(query * self.scale, key.shape[2]), key.transpose(1, 2), value.transpose(1, 2)
+        scores = torch.cat([query @ past_keys.transpose(2, 3) + place.past_mask,
+                            query @ key.transpose(2, 3) + place.new_mask], dim=-1)  # [1, kv_heads, G*T, context + T]
+        context = past_keys.shape[2]
+        shares = scores.softmax(dim=-1)
+        out = shares[..., :context] @ past_values + shares[..., context:] @ value
+        return ungrouped(out, key.shape[2]), [key, value]
+
+
+def grouped(query: Tensor, kv_heads: int) -> Tensor:
+    """[1, T, heads, D] -> [1, kv_heads, G*T, D]"""
+    _, length, heads, width = query.shape
+    return query.transpose(1, 2).reshape(1, kv_heads, heads // kv_heads * length, width)
+
+
+def ungrouped(out: Tensor, length: int) -> Tensor:
+    """[1, kv_heads, G*T, D] -> [1, T, heads, D]"""
+    _, kv_heads, rows, width = out.shape
+    return out.reshape(1, kv_heads * rows // length, length, width).transpose(1, 2)
+
+
+class StaticProgram(nn.Module):
+    """A program for `length` tokens: `(tokens, position, [valid,] *state) -> (logits, *next)`.
+
+    tokens: int32 [1, length]; position, valid: int32 [1] (no `valid` where length is 1)
+    next: of a conv state its next value, of a cache the step's rows
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, state: StateSpec, lowering: StaticLowering) -> None:
+        super().__init__()
+        self.decoder = Decoder(config, weights, state, lowering)
+        self.length = lowering.length
+        self.dtype = lowering.dtype
+
+    def forward(self, tokens: Tensor, position: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """logits: [1, 1, vocab], of the last valid token"""
+        valid, state = (None, rest) if self.length == 1 else (rest[0], rest[1:])
+        logits, following = self.decoder(tokens, Step(position, valid), list(state))
+        return logits, *following
+
+    def trace(self) -> ExportedProgram:
+        """The program as torch.export sees it."""
+        state = [torch.zeros(1, dtype=tensor.torch_dtype).expand(tensor.shape)
+                 for tensor in self.decoder.state.tensors]
+        valid = () if self.length == 1 else (torch.ones(1, dtype=torch.int32),)
+        tokens, position = torch.zeros(1, self.length, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        return torch.export.export(self, (tokens, position, *valid, *state), strict=False)
+
+    def input_names(self) -> list[str]:
+        """Of `forward`, in order."""
+        names = [tensor.name for tensor in self.decoder.state.tensors]
+        return ["tokens", "position", *(["valid"] if self.length > 1 else []), *names]
+
+    def output_names(self) -> list[str]:
+        """Of `forward`, in order."""
+        return ["logits", *(tensor.next_name for tensor in self.decoder.state.tensors)]

@@ -1,0 +1,156 @@
+"""Sessions over a Core ML package: by Core ML itself on a Mac, by the evaluator of `runtimes.mil` elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lfm_edge.bundle import Bundle
+from lfm_edge.errors import BundleError
+from lfm_edge.session import InternalState, Logits, Session
+from lfm_edge.state import APPEND
+from runtimes.mil import MilProgram
+
+_PREFILL, _DECODE = "prefill", "decode"
+_EVALUATED = ("the saved program, evaluated operator by operator in numpy as MIL defines it: "
+              "not the arithmetic of the Neural Engine or of an Apple GPU")
+
+Features = dict[str, np.ndarray]
+
+
+def open_session(bundle: Bundle, threads: int | None = None) -> Session:
+    """A session over the bundle's package. (Core ML takes no number of threads, and the target says so.)"""
+    host = Predicted(bundle.artifact) if sys.platform == "darwin" else Evaluated(bundle.artifact)
+    kind = InternalCoreMlSession if bundle.manifest.state_mode == "internal" else CoreMlSession
+    return kind(bundle, host)
+
+
+def stored_constants(bundle: Bundle) -> set[bytes]:
+    """SHA-256 of every quantized weight in the package, as what it dequantizes to, in float32."""
+    return {hashlib.sha256(values.tobytes()).digest() for _, values in MilProgram.load(bundle.artifact).constants()}
+
+
+class Host(Protocol):
+    """Runs the functions of a package; keeps the states that are the program's own."""
+
+    remark: str
+
+    def run(self, function: str, features: Mapping[str, np.ndarray]) -> Features:
+        """Outputs by name. Raises BundleError where the package cannot be run."""
+
+
+class Evaluated:
+    """The package, evaluated in numpy."""
+
+    remark = _EVALUATED
+
+    def __init__(self, package: Path) -> None:
+        self.functions = MilProgram.load(package).functions
+        if _DECODE not in self.functions:
+            raise BundleError(f"{package}: has no function '{_DECODE}'")
+        self.states = {name: np.zeros(kind.shape, kind.dtype)
+                       for name, kind in self.functions[_DECODE].states.items()}
+
+    def run(self, function: str, features: Mapping[str, np.ndarray]) -> Features:
+        """Outputs by name."""
+        return self.functions[function].run(features, self.states)
+
+
+class Predicted:
+    """The package, run by Core ML on this Mac, on whatever processors it chooses."""
+
+    remark = ""
+
+    def __init__(self, package: Path) -> None:
+        import coremltools as ct
+
+        self.package, self.ct = package, ct
+        self.models: dict[str, Any] = {}
+        self.state: Any = None
+        self._model(_DECODE)
+
+    def run(self, function: str, features: Mapping[str, np.ndarray]) -> Features:
+        """Outputs by name."""
+        return self._model(function).predict(dict(features), state=self.state)
+
+    def _model(self, function: str) -> Any:
+        """The function, compiled when it is first needed."""
+        if function not in self.models:
+            try:
+                model = self.ct.models.MLModel(str(self.package), function_name=function)
+            except Exception as error:  # Core ML's errors come as exceptions of any class
+                raise BundleError(f"{self.package}: Core ML cannot load it ({error})") from None
+            if self.state is None and "stateType" in str(model.get_spec().description):
+                self.state = model.make_state()
+            self.models[function] = model
+        return self.models[function]
+
+
+class CoreMlSession(Session):
+    """The state is ours. A step gives the new rows of the caches, and they are written here.
+
+    One token is a `decode`, several are a `prefill`, padded to its length.
+    """
+
+    def __init__(self, bundle: Bundle, host: Host) -> None:
+        manifest = bundle.manifest
+        super().__init__(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+        self.host = host
+        self.arithmetic = manifest.compute_dtype
+        self.remark = host.remark
+
+    def _step(self, tokens: list[int]) -> Logits:
+        tensors = list(zip(self.spec.tensors, self.state, strict=True))
+        features = {_feature(tensor.name): state.numpy() for tensor, state in tensors}
+        outputs = self._run(tokens, self.position, features)
+        for tensor, state in tensors:
+            new = outputs[_feature(tensor.next_name)]
+            if tensor.update == APPEND:
+                state.numpy()[:, :, self.position:self.position + len(tokens)] = new[:, :, :len(tokens)]
+            else:
+                state.numpy()[:] = new
+        return outputs["logits"][0, 0].astype(np.float32)
+
+    def _run(self, tokens: list[int], position: int, state: Features) -> Features:
+        features = {"position": np.array([position], np.int32), **state}
+        if len(tokens) == 1:
+            return self.host.run(_DECODE, {"tokens": np.array([tokens], np.int32), **features})
+        padded = tokens + [0] * (self.chunk - len(tokens))
+        return self.host.run(_PREFILL, {"tokens": np.array([padded], np.int32),
+                                        "valid": np.array([len(tokens)], np.int32), **features})
+
+
+class InternalCoreMlSession(InternalState, CoreMlSession):
+    """The caches are the program's; the conv states are ours."""
+
+    def __init__(self, bundle: Bundle, host: Host) -> None:
+        super().__init__(bundle, host)
+        self.state = [state for tensor, state in zip(self.spec.tensors, self.state, strict=True)
+                      if tensor.update != APPEND]
+        self.names = [(_feature(tensor.name), _feature(tensor.next_name))
+                      for tensor in self.spec.tensors if tensor.update != APPEND]
+
+    def reset(self) -> None:
+        """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
+        for state in self.state:
+            state.zero_()
+        self.position = 0
+
+    def _step(self, tokens: list[int]) -> Logits:
+        # The program writes the rows of its padding as well, for which there must be room.
+        whole = len(tokens) == 1 or self.position + self.chunk <= self.spec.context
+        for start, part in [(0, tokens)] if whole else [(i, [token]) for i, token in enumerate(tokens)]:
+            features = {name: state.numpy() for (name, _), state in zip(self.names, self.state, strict=True)}
+            outputs = self._run(part, self.position + start, features)
+            for (_, name), state in zip(self.names, self.state, strict=True):
+                state.numpy()[:] = outputs[name]
+        return outputs["logits"][0, 0].astype(np.float32)
+
+
+def _feature(name: str) -> str:
+    return name.replace(".", "_")

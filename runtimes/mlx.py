@@ -1,0 +1,172 @@
+"""Sessions over the bundle's MLX function: on Apple's GPU where there is one, else on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lfm_edge.bundle import Bundle
+from lfm_edge.errors import BundleError, LfmEdgeError
+from lfm_edge.session import Logits, Session, Snapshot
+from lfm_edge.state import APPEND, StateSpec, StateTensor
+
+WEIGHTS = "model.safetensors"
+GPU_FUNCTION, CPU_FUNCTION = "model.mlxfn", "model.cpu.mlxfn"
+
+Function = Callable[..., tuple[mx.array, ...]]
+
+
+def open_session(bundle: Bundle, threads: int | None = None) -> Session:
+    """A session over the bundle's function. (MLX takes no number of threads, and the target says so.)
+
+    Raises BundleError where the weights or the function cannot be read, or do not belong together.
+    """
+    manifest, on_gpu = bundle.manifest, mx.metal.is_available()
+    path = bundle.directory / (GPU_FUNCTION if on_gpu else CPU_FUNCTION)
+    session = MlxSession(load_function(path), load_weights(bundle.artifact), manifest.state, manifest.config.vocab_size,
+                         manifest.prefill_chunk, manifest.compute_dtype)
+    session.remark = "" if on_gpu else "computed by MLX on the CPU, not by an Apple GPU"
+    try:
+        for length in {1, session.chunk}:
+            session.outputs([0] * length)
+    except Exception:
+        raise BundleError(f"{path}: has no step for the weights and the state of this bundle") from None
+    return session
+
+
+def stored_constants(bundle: Bundle) -> set[bytes]:
+    """SHA-256 of every tensor in model.safetensors, floating-point ones as float32, which holds bfloat16 exactly.
+
+    Raises BundleError where the file is damaged.
+    """
+    with _opened(bundle.artifact) as file:
+        tensors = (file.get_tensor(name) for name in file.keys())  # noqa: SIM118 - a safetensors file is no dict
+        return {hashlib.sha256((tensor.float() if tensor.is_floating_point() else tensor).numpy()).digest()
+                for tensor in tensors}
+
+
+def load_function(path: Path) -> Function:
+    """The function in an .mlxfn file. Raises BundleError where there is none."""
+    try:
+        return mx.import_function(str(path))
+    except Exception as error:  # MLX raises what its parser stumbles over
+        raise BundleError(f"{path}: not a function that MLX can import ({_first_line(error)})") from None
+
+
+def load_weights(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, by name. Raises BundleError where it is damaged."""
+    with _opened(path):  # checks the header against the length of the file
+        weights = mx.load(str(path))
+        mx.eval(weights)
+        return weights
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise BundleError(f"{path}: damaged safetensors file ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def from_torch(tensor: torch.Tensor) -> mx.array:
+    """A copy for MLX. numpy, which stands between the two, has no bfloat16."""
+    if tensor.dtype == torch.bfloat16:
+        array = mx.array(tensor.contiguous().view(torch.uint16).numpy()).view(mx.bfloat16)
+    else:
+        array = mx.array(tensor.numpy())
+    mx.eval(array)
+    return array
+
+
+def to_torch(array: mx.array) -> torch.Tensor:
+    """A copy for torch."""
+    if array.dtype == mx.bfloat16:
+        return torch.from_numpy(np.array(array.view(mx.uint16))).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+class MlxSession(Session):
+    """The state is MLX's memory, and the caches are written in place. `state` copies it.
+
+    arithmetic: what the function computes in
+    """
+
+    def __init__(self, function: Function, weights: dict[str, mx.array], spec: StateSpec, vocab_size: int, chunk: int,
+                 arithmetic: str) -> None:
+        super().__init__(spec, vocab_size, chunk)
+        self.arithmetic = arithmetic
+        self.function = function
+        self.weights = weights
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """Copies of the state tensors."""
+        return [to_torch(array) for array in self.arrays]
+
+    @state.setter
+    def state(self, tensors: list[torch.Tensor]) -> None:
+        self.arrays = [from_torch(tensor) for tensor in tensors]
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state, to go back to."""
+        kept = tuple(to_torch(array[_rows(tensor, 0, self.position)])
+                     for tensor, array in zip(self.spec.tensors, self.arrays, strict=True))
+        return Snapshot(self.spec, self.position, kept)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, of this session or of another one of the same layout.
+
+        Raises LfmEdgeError where the layouts differ.
+        """
+        if snapshot.spec != self.spec:
+            raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
+        self._write([from_torch(kept) for kept in snapshot.tensors], 0, snapshot.position)
+        self.position = snapshot.position
+
+    def reset(self) -> None:
+        """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
+        self.arrays = [array if tensor.update == APPEND else mx.full(array.shape, tensor.initial, array.dtype)
+                        for tensor, array in zip(self.spec.tensors, self.arrays, strict=True)]
+        self.position = 0
+
+    def outputs(self, tokens: list[int]) -> list[mx.array]:
+        """Logits [1, 1, vocab] and the next state of a step, not computed yet. Raises ValueError for no such step."""
+        length = 1 if len(tokens) == 1 else self.chunk
+        padded = mx.array([tokens + [0] * (length - len(tokens))], mx.int32)
+        valid = [] if length == 1 else [mx.array([len(tokens)], mx.int32)]
+        return self.function(padded, mx.array([self.position], mx.int32), *valid, *self.arrays, **self.weights)
+
+    def _step(self, tokens: list[int]) -> Logits:
+        logits, *following = self.outputs(tokens)
+        logits = logits[0, 0].astype(mx.float32)
+        mx.eval(logits, *following)  # before the caches are written, or MLX would have to copy them
+        self._write(following, self.position, len(tokens))
+        return np.array(logits)
+
+    def _write(self, values: list[mx.array], position: int, count: int) -> None:
+        """Put the first `count` rows of each value into its cache from `position` on, or replace what is no cache."""
+        for index, (tensor, value) in enumerate(zip(self.spec.tensors, values, strict=True)):
+            if tensor.update == APPEND:
+                self.arrays[index][_rows(tensor, position, count)] = value[_rows(tensor, 0, count)]
+            else:
+                self.arrays[index] = value
+        mx.eval(self.arrays)
+
+
+def _rows(tensor: StateTensor, start: int, count: int) -> tuple[slice, ...]:
+    """The index of a cache's rows; of all of a tensor that is none."""
+    return (slice(None),) * tensor.axis + (slice(start, start + count),) if tensor.update == APPEND else (slice(None),)
