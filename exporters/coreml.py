@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +30,7 @@ from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.static import HIDDEN, Place, Positions, StaticLowering, StaticProgram, Step, grouped, ungrouped
 from lfm_edge.model.weights import Weights
+from lfm_edge.progress import quiet
 from lfm_edge.quantization.tensor import QuantizedTensor
 from lfm_edge.state import APPEND
 
@@ -338,16 +337,13 @@ def _report(job: ExportJob, operators: dict[str, int]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the converter's warnings and bars, which are about its own insides, off the terminal."""
-    previous, shown = logging.root.manager.disable, pass_pipeline.tqdm
-    logging.disable(logging.WARNING)
+    """As `quiet`, for a converter that shows bars of its own."""
+    shown = pass_pipeline.tqdm
     pass_pipeline.tqdm = functools.partial(shown, disable=True)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
-        logging.disable(previous)
         pass_pipeline.tqdm = shown
 
 

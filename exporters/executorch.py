@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +35,7 @@ from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.decoder import Decoder
 from lfm_edge.model.lowering import Lowering, Place, Weight, frozen, quantize_rows
 from lfm_edge.model.weights import Weights
+from lfm_edge.progress import quiet
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
 
@@ -410,12 +409,6 @@ def _needed_passes_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the lowering's warnings and prints, which are about its own insides, off the terminal."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+    """As `quiet`, for a lowering that prints, too."""
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ from lfm_edge.model import lowering as reference
 from lfm_edge.model.decoder import Decoder
 from lfm_edge.model.lowering import Lowering, Weight, frozen, rotary_angles
 from lfm_edge.model.weights import Weights
+from lfm_edge.progress import quiet
 from lfm_edge.quantization.activations import column_block
 from lfm_edge.quantization.tensor import QuantizedTensor
 from lfm_edge.state import APPEND, StateSpec, StateTensor
@@ -54,7 +53,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     lowering = OnnxLowering()
     program = ExplicitState(Decoder(job.config, job.weights, job.state, lowering))
     progress("trace")
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         model = _trace(program, job.state)
         _simplify(model, lowering.packed)
     _fuse_skip_norms(model.graph)
@@ -446,19 +445,6 @@ def _operators(graph: ir.Graph) -> dict[str, Any]:
     """How many of which operator the graph has."""
     counts = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in graph)
     return {"operators": dict(sorted(counts.items()))}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and progress, which are about its own insides, off the terminal."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
 
 
 def transformers_js_config(job: ExportJob, name: str, files: int) -> dict[str, Any]:

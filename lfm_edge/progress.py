@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
+import warnings
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -59,3 +63,16 @@ class BarProgress(Progress):
             task = self.bars.tasks[-1]
             self.bars.update(task.id, total=task.total or 1, completed=task.total or 1)
             self.bars.stop_task(task.id)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the logs and warnings of a backend, which are about its own insides, off the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

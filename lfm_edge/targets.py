@@ -171,13 +171,13 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
     Target("onnx-q8", bits=8, weights="int8 per channel, int8 dynamic activations",
            artifact="onnx/model_quantized.onnx",
            thresholds=Thresholds(**_ONNX_PARITY, quality_kl=0.1, task_drop=0.02), **_ONNX),
-    Target("coreml-q4", bits=4, weights="int4 groups, int8 head",
+    Target("coreml-q4", bits=4, weights="int4 groups, int8 head, float16 activations",
            thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.5, task_drop=0.05), **_COREML, **_APPLE),
-    Target("coreml-q8", bits=8, weights="int8 per channel",
+    Target("coreml-q8", bits=8, weights="int8 per channel, float16 activations",
            thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.1, task_drop=0.02), **_COREML, **_APPLE),
-    Target("mlx-q4", bits=4, weights="int4 groups, int8 head",
+    Target("mlx-q4", bits=4, weights="int4 groups, int8 head, bfloat16 activations",
            thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.5, task_drop=0.05), **_MLX, **_APPLE),
-    Target("mlx-q8", bits=8, weights="int8 per channel",
+    Target("mlx-q8", bits=8, weights="int8 per channel, bfloat16 activations",
            thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.1, task_drop=0.02), **_MLX, **_APPLE),
 )}
 
