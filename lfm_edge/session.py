@@ -79,8 +79,7 @@ class Session(ABC):
 
     def snapshot(self) -> Snapshot:
         """A copy of the state, to go back to."""
-        kept = tuple(tensor.filled(state, self.position).clone()
-                     for tensor, state in zip(self.spec.tensors, self.state, strict=True))
+        kept = tuple(self._read(index, self.position) for index in range(len(self.spec.tensors)))
         return Snapshot(self.spec, self.position, kept)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -90,8 +89,8 @@ class Session(ABC):
         """
         if snapshot.spec != self.spec:
             raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
-        for tensor, state, kept in zip(self.spec.tensors, self.state, snapshot.tensors, strict=True):
-            tensor.filled(state, snapshot.position).copy_(kept)
+        for index, kept in enumerate(snapshot.tensors):
+            self._write(index, kept, snapshot.position)
         self.position = snapshot.position
 
     def reset(self) -> None:
@@ -100,6 +99,14 @@ class Session(ABC):
             if tensor.update != APPEND:
                 state.fill_(tensor.initial)
         self.position = 0
+
+    def _read(self, index: int, position: int) -> torch.Tensor:
+        """A copy of what a session at `position` has of a state tensor."""
+        return self.spec.tensors[index].filled(self.state[index], position).clone()
+
+    def _write(self, index: int, kept: torch.Tensor, position: int) -> None:
+        """Put that back."""
+        self.spec.tensors[index].filled(self.state[index], position).copy_(kept)
 
     def _check(self, tokens: list[int]) -> None:
         if not tokens:

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lfm_edge.bundle import Bundle
-from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.session import Logits, Session, Snapshot
+from lfm_edge.errors import BundleError
+from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec, StateTensor
 
 WEIGHTS = "model.safetensors"
@@ -121,22 +121,6 @@ class MlxSession(Session):
     def state(self, tensors: list[torch.Tensor]) -> None:
         self.arrays = [from_torch(tensor) for tensor in tensors]
 
-    def snapshot(self) -> Snapshot:
-        """A copy of the state, to go back to."""
-        kept = tuple(to_torch(array[_rows(tensor, 0, self.position)])
-                     for tensor, array in zip(self.spec.tensors, self.arrays, strict=True))
-        return Snapshot(self.spec, self.position, kept)
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot, of this session or of another one of the same layout.
-
-        Raises LfmEdgeError where the layouts differ.
-        """
-        if snapshot.spec != self.spec:
-            raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
-        self._write([from_torch(kept) for kept in snapshot.tensors], 0, snapshot.position)
-        self.position = snapshot.position
-
     def reset(self) -> None:
         """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
         self.arrays = [array if tensor.update == APPEND else mx.full(array.shape, tensor.initial, array.dtype)
@@ -154,17 +138,24 @@ class MlxSession(Session):
         logits, *following = self.outputs(tokens)
         logits = logits[0, 0].astype(mx.float32)
         mx.eval(logits, *following)  # before the caches are written, or MLX would have to copy them
-        self._write(following, self.position, len(tokens))
+        for index, value in enumerate(following):
+            self._put(index, value, self.position, len(tokens))
+        mx.eval(self.arrays)
         return np.array(logits)
 
-    def _write(self, values: list[mx.array], position: int, count: int) -> None:
-        """Put the first `count` rows of each value into its cache from `position` on, or replace what is no cache."""
-        for index, (tensor, value) in enumerate(zip(self.spec.tensors, values, strict=True)):
-            if tensor.update == APPEND:
-                self.arrays[index][_rows(tensor, position, count)] = value[_rows(tensor, 0, count)]
-            else:
-                self.arrays[index] = value
-        mx.eval(self.arrays)
+    def _put(self, index: int, value: mx.array, position: int, count: int) -> None:
+        """Write the first `count` rows of a value into its cache from `position` on, or replace what is no cache."""
+        tensor = self.spec.tensors[index]
+        if tensor.update == APPEND:
+            self.arrays[index][_rows(tensor, position, count)] = value[_rows(tensor, 0, count)]
+        else:
+            self.arrays[index] = value
+
+    def _read(self, index: int, position: int) -> torch.Tensor:
+        return to_torch(self.arrays[index][_rows(self.spec.tensors[index], 0, position)])
+
+    def _write(self, index: int, kept: torch.Tensor, position: int) -> None:
+        self._put(index, from_torch(kept), 0, position)
 
 
 def _rows(tensor: StateTensor, start: int, count: int) -> tuple[slice, ...]:

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts: see 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.client_helpers import tasks
 from tests.helpers import TINY
 
 # The same examples on every run, and no verdict that depends on how busy the machine is.
@@ -36,8 +37,5 @@ def tiny_bundle(tmp_path_factory):
 def few_tasks(tmp_path_factory):
     """The trained toy checkpoint with two prompts of each of its tasks, for runtimes that are slow here."""
     copy = shutil.copytree(TINY, tmp_path_factory.mktemp("few-tasks") / "checkpoint")
-    tasks = json.loads((copy / "tasks.json").read_text())
-    kept = [task for kind in {task["task"]: None for task in tasks}
-            for task in [task for task in tasks if task["task"] == kind][:2]]
-    (copy / "tasks.json").write_text(json.dumps(kept))
+    (copy / "tasks.json").write_text(json.dumps(tasks(each=2)))
     return copy

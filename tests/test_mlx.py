@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections import Counter
 
 import mlx.core as mx
@@ -30,26 +29,15 @@ RECIPES = [(4, 32, 8), (4, 64, 8), (4, 128, 8), (4, 32, 4), (8, 32, 8), (8, 64, 
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """The trained toy with two prompts of each of its tasks: MLX's kernels for the CPU are slow."""
-    copy = shutil.copytree(TINY, tmp_path_factory.mktemp("tiny") / "checkpoint")
-    tasks = json.loads((copy / "tasks.json").read_text())
-    kinds = dict.fromkeys(task["task"] for task in tasks)
-    kept = [task for kind in kinds for task in [task for task in tasks if task["task"] == kind][:2]]
-    (copy / "tasks.json").write_text(json.dumps(kept))
-    return copy
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint, tmp_path_factory):
+def bundle(few_tasks, tmp_path_factory):
     """As the options are by default, but for a short context and short steps."""
-    return export(checkpoint, target="mlx-q4", output=tmp_path_factory.mktemp("bfloat16") / "bundle", context=256,
+    return export(few_tasks, target="mlx-q4", output=tmp_path_factory.mktemp("bfloat16") / "bundle", context=256,
                   prefill_chunk=16)
 
 
 @pytest.fixture(scope="module")
-def exact_bundle(checkpoint, tmp_path_factory):
-    return export(checkpoint, target="mlx-q8", output=tmp_path_factory.mktemp("float32") / "bundle", context=256,
+def exact_bundle(few_tasks, tmp_path_factory):
+    return export(few_tasks, target="mlx-q8", output=tmp_path_factory.mktemp("float32") / "bundle", context=256,
                   prefill_chunk=16, compute_dtype="float32")
 
 

@@ -1,7 +1,4 @@
-"""One MLX bundle, unchanged, in other clients: mlx-lm, and programs that have MLX alone, in Python and in C++.
-
-Clients read jobs and print results as tests/test_onnx_clients.py says.
-"""
+"""One MLX bundle, unchanged, in other clients: mlx-lm, and programs that have MLX alone, in Python and in C++."""
 
 import json
 import re
@@ -16,8 +13,7 @@ import pytest
 from exporters.mlx import unmet_by
 from lfm_edge import export
 from lfm_edge.generation import generate
-from tests.helpers import ALL_AT_ONCE, AWKWARD, REPO, TINY, save_checkpoint
-from tests.test_onnx_clients import (
+from tests.client_helpers import (
     CONVERSATION,
     TEXTS,
     ClientFailed,
@@ -27,6 +23,7 @@ from tests.test_onnx_clients import (
     output_of,
     tasks,
 )
+from tests.helpers import ALL_AT_ONCE, AWKWARD, REPO, TINY, save_checkpoint
 
 MLX = Path(mx.__file__).parent
 
