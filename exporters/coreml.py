@@ -37,7 +37,7 @@ from lfm_edge.state import APPEND
 ARTIFACT = "model.mlpackage"
 PREFILL, DECODE = "prefill", "decode"
 _TYPES = {torch.float16: types.fp16, torch.float32: types.fp32, torch.int32: types.int32}
-# Those that have something to do in our programs: coremltools' whole list takes three times as long.
+# Those that have something to do in our programs: coremltools' whole list takes twice as long.
 _PASSES = ["common::noop_elimination", "common::const_deduplication", "common::fuse_transpose_matmul",
            "common::remove_redundant_ops", "common::dead_code_elimination"]
 _SMALLEST = 2.0 ** -10  # what a norm divides by at least
