@@ -1,10 +1,12 @@
 """What bench measures and refuses; never how fast anything is."""
 
 import json
+import os
 
 import pytest
 
 from lfm_edge.errors import LfmEdgeError
+from lfm_edge.harness import memory
 from lfm_edge.harness.memory import parse_bytes, read_memory, reset_peak
 from lfm_edge.harness.speed import bench
 from tests.helpers import lfm_edge
@@ -58,3 +60,16 @@ def test_sizes_are_read_as_written(text, value):
 def test_other_sizes_are_refused(text):
     with pytest.raises(LfmEdgeError, match="is no size"):
         parse_bytes(text)
+
+
+def test_on_a_mac_the_footprint_counts(monkeypatch):
+    """By the layout of rusage_info_v4 in Apple's sys/resource.h: a UUID, then 64-bit fields."""
+    class System:
+        def proc_pid_rusage(self, process, version, fields):
+            assert (process, version) == (os.getpid(), 4)
+            fields[2 + 6], fields[2 + 7], fields[2 + 28] = 900, 600, 700  # resident, footprint, its largest so far
+            return 0
+
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: System())
+    assert read_memory() == memory.Memory(anonymous=600, file_backed=300, peak=700)
