@@ -107,7 +107,8 @@ def test_every_target_has_the_same_weights_and_gives_the_same_answers(tmp_path, 
     {"target": "onnx-q4"}, {"target": "onnx-q8", "head_bits": 4},
     {"target": "coreml-q4", "compute_dtype": "float32"}, {"target": "coreml-q8", "head_bits": 4},
     {"target": "coreml-q4", "state": "internal"},
-    {"target": "mlx-q4", "compute_dtype": "float32"}, {"target": "mlx-q8", "head_bits": 4},
+    {"target": "mlx-q4", "compute_dtype": "float32"},
+    {"target": "mlx-q8", "head_bits": 4, "compute_dtype": "float32"},  # bfloat16 is too noisy on random weights
 ], ids=lambda options: "-".join(map(str, options.values())))
 def test_awkward_models_are_verified(tmp_path, name, options):
     source = save_checkpoint(tmp_path / "model", **AWKWARD[name])
