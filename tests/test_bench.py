@@ -32,7 +32,7 @@ def test_the_budget_decides_the_exit_code(tiny_bundle):
     assert json.loads(within.stdout)["benchmarks"][0]["within_budget"] is True
     over = lfm_edge("bench", tiny_bundle.directory, *map(str, options), "--budget", "1kB")
     assert over.returncode == 1
-    assert "is over the budget of 0.0 MB" in over.stderr
+    assert "is over the budget of 1.0 kB" in over.stderr
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_refused(tiny_bundle):
