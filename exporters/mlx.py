@@ -26,8 +26,7 @@ from torch.nn import functional as F
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
-from lfm_edge.model.lowering import frozen
-from lfm_edge.model.static import Place, StaticLowering, StaticProgram
+from lfm_edge.model.static import ShiftedSum, StaticLowering, StaticProgram
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.tensor import QuantizedTensor
 
@@ -173,22 +172,12 @@ class MlxLowering(StaticLowering):
         return DepthwiseConv(weight, bias)
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(ShiftedSum):
     """One conv1d. MLX's takes activations and weights as they lie in the bundle, so the transpositions are views."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = frozen(weight)  # [H, 1, taps]
-        self.bias = frozen(bias)
-
-    def forward(self, x: Tensor, state: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """x: [1, T, H]; state: [1, taps - 1, H] -> the same"""
-        past = self.weight.shape[-1] - 1
-        columns = torch.cat([state, x], dim=1) if past else x  # [1, taps - 1 + T, H]
-        y = F.conv1d(columns.transpose(1, 2), self.weight, self.bias, groups=x.shape[2]).transpose(1, 2)
-        if not past:
-            return y, state
-        return y, columns[:, x.shape[1]:] if place.conv_rows is None else place.conv_rows @ columns
+    def convolve(self, columns: Tensor, length: int) -> Tensor:
+        """columns: [1, taps - 1 + length, H] -> [1, length, H]"""
+        return F.conv1d(columns.transpose(1, 2), self.weight, self.bias, groups=columns.shape[2]).transpose(1, 2)
 
 
 class Steps:

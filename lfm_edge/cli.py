@@ -141,10 +141,10 @@ def bench(
     from lfm_edge.harness.speed import NotMeasured
     from lfm_edge.harness.speed import bench as run
 
-    left_out = [entry for entry in map(NotMeasured.of, opened) if entry is not None]
-    opened = [bundle for bundle in opened if NotMeasured.of(bundle) is None]
+    left_out = [NotMeasured.of(bundle) for bundle in opened if not bundle.target.is_measured_here]
+    measurable = [bundle for bundle in opened if bundle.target.is_measured_here]
     with _progress() as progress:
-        results = run(opened, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
+        results = run(measurable, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
                       repeat=repeat, budget=limit, progress=progress.stage)
     tables = [benchmark_table(results)] if results else []
     tables += [not_measured_table(left_out)] if left_out else []

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lfm_edge.errors import ContextFull, LfmEdgeError
-from lfm_edge.state import APPEND, StateSpec
+from lfm_edge.state import APPEND, StateSpec, StateTensor
 
 Logits = NDArray[np.float32]
 
@@ -40,6 +40,7 @@ class Session(ABC):
     `prefill(b)` or a `decode` for each token of b would. A call that raises leaves it unchanged.
 
     vocab_size: logits that a step gives; chunk: most tokens that one step takes
+    held: the tensors of the state that the session has; all of them, unless the program keeps some
     arithmetic: the type that it computes in
     remark: what `verify` must say about who computes, where that is not what computes on the device
     """
@@ -47,16 +48,22 @@ class Session(ABC):
     arithmetic = "float32"
     remark = ""
 
-    def __init__(self, spec: StateSpec, vocab_size: int, chunk: int) -> None:
+    def __init__(self, spec: StateSpec, vocab_size: int, chunk: int,
+                 held: tuple[StateTensor, ...] | None = None) -> None:
         self.spec = spec
         self.vocab_size = vocab_size
         self.chunk = chunk
+        self.held = spec.tensors if held is None else held
         self.position = 0
-        self.state = spec.fresh()
+        self.state = [tensor.fresh() for tensor in self.held]
 
     @abstractmethod
     def _step(self, tokens: list[int]) -> Logits:
-        """Run at most `chunk` tokens at `self.position` and update `self.state`; logits of the last one."""
+        """Run at most `_room()` tokens at `self.position` and update `self.state`; logits of the last one."""
+
+    def _room(self) -> int:
+        """Most tokens that the next step takes."""
+        return self.chunk
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Take any number of tokens, from the current position on.
@@ -67,8 +74,8 @@ class Session(ABC):
         tokens = [int(token) for token in tokens]
         self._check(tokens)
         logits = np.empty(0, np.float32)
-        for start in range(0, len(tokens), self.chunk):
-            part = tokens[start:start + self.chunk]
+        while tokens:
+            part, tokens = tokens[:self._room()], tokens[self._room():]
             logits = self._step(part)
             self.position += len(part)
         return logits
@@ -78,15 +85,17 @@ class Session(ABC):
         return self.prefill([token])
 
     def snapshot(self) -> Snapshot:
-        """A copy of the state, to go back to."""
+        """A copy of the state, to go back to. Raises LfmEdgeError where the program keeps some of it."""
+        self._check_holds_all("snapshot")
         kept = tuple(self._read(index, self.position) for index in range(len(self.spec.tensors)))
         return Snapshot(self.spec, self.position, kept)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this session or of another one of the same layout.
 
-        Raises LfmEdgeError where the layouts differ.
+        Raises LfmEdgeError where the layouts differ, or the program keeps some of the state.
         """
+        self._check_holds_all("restore")
         if snapshot.spec != self.spec:
             raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
         for index, kept in enumerate(snapshot.tensors):
@@ -95,7 +104,7 @@ class Session(ABC):
 
     def reset(self) -> None:
         """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
-        for tensor, state in zip(self.spec.tensors, self.state, strict=True):
+        for tensor, state in zip(self.held, self.state, strict=True):
             if tensor.update != APPEND:
                 state.fill_(tensor.initial)
         self.position = 0
@@ -108,6 +117,11 @@ class Session(ABC):
         """Put that back."""
         self.spec.tensors[index].filled(self.state[index], position).copy_(kept)
 
+    def _check_holds_all(self, purpose: str) -> None:
+        if len(self.held) < len(self.spec.tensors):
+            raise LfmEdgeError("this bundle keeps its state inside the program; "
+                               f"export with --state explicit to {purpose}")
+
     def _check(self, tokens: list[int]) -> None:
         if not tokens:
             raise LfmEdgeError("no tokens were given")
@@ -117,15 +131,3 @@ class Session(ABC):
         if self.position + len(tokens) > self.spec.context:
             raise ContextFull(f"{len(tokens)} more tokens do not fit: the session is at {self.position} "
                               f"of a context of {self.spec.context}")
-
-
-class InternalState:
-    """For a session whose program keeps state of its own: it can be reset, and nothing else."""
-
-    def snapshot(self) -> Snapshot:
-        """Raises LfmEdgeError."""
-        raise LfmEdgeError("this bundle keeps its state inside the program; export with --state explicit to snapshot")
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Raises LfmEdgeError."""
-        raise LfmEdgeError("this bundle keeps its state inside the program; export with --state explicit to restore")

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -75,6 +76,11 @@ class Target:
     thresholds: Thresholds
     measured_on: tuple[str, ...] = ("linux", "darwin")
     takes_threads: bool = True
+
+    @property
+    def is_measured_here(self) -> bool:
+        """Whether this machine can tell its speed and memory."""
+        return sys.platform in self.measured_on
 
     @property
     def installed(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
-from lfm_edge.session import InternalState, Logits, Session
+from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND
 from runtimes.mil import MilProgram
 
@@ -26,8 +26,7 @@ Features = dict[str, np.ndarray]
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's package. (Core ML takes no number of threads, and the target says so.)"""
     host = Predicted(bundle.artifact) if sys.platform == "darwin" else Evaluated(bundle.artifact)
-    kind = InternalCoreMlSession if bundle.manifest.state_mode == "internal" else CoreMlSession
-    return kind(bundle, host)
+    return CoreMlSession(bundle, host)
 
 
 def stored_constants(bundle: Bundle) -> set[bytes]:
@@ -92,23 +91,29 @@ class Predicted:
 
 
 class CoreMlSession(Session):
-    """The state is ours. A step gives the new rows of the caches, and they are written here.
+    """The state is ours, but for the caches where the program keeps those. New rows of our caches are written here.
 
     One token is a `decode`, several are a `prefill`, padded to its length.
     """
 
     def __init__(self, bundle: Bundle, host: Host) -> None:
         manifest = bundle.manifest
-        super().__init__(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+        explicit = manifest.state_mode == "explicit"
+        held = tuple(tensor for tensor in manifest.state.tensors if explicit or tensor.update != APPEND)
+        super().__init__(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
         self.host = host
         self.arithmetic = manifest.compute_dtype
         self.remark = host.remark
 
+    def _room(self) -> int:
+        # A program that keeps its caches writes the rows of its padding as well, for which there must be room.
+        fits = self.held == self.spec.tensors or self.position + self.chunk <= self.spec.context
+        return self.chunk if fits else 1
+
     def _step(self, tokens: list[int]) -> Logits:
-        tensors = list(zip(self.spec.tensors, self.state, strict=True))
-        features = {_feature(tensor.name): state.numpy() for tensor, state in tensors}
-        outputs = self._run(tokens, self.position, features)
-        for tensor, state in tensors:
+        features = {_feature(tensor.name): state.numpy() for tensor, state in zip(self.held, self.state, strict=True)}
+        outputs = self._run(tokens, features)
+        for tensor, state in zip(self.held, self.state, strict=True):
             new = outputs[_feature(tensor.next_name)]
             if tensor.update == APPEND:
                 state.numpy()[:, :, self.position:self.position + len(tokens)] = new[:, :, :len(tokens)]
@@ -116,40 +121,13 @@ class CoreMlSession(Session):
                 state.numpy()[:] = new
         return outputs["logits"][0, 0].astype(np.float32)
 
-    def _run(self, tokens: list[int], position: int, state: Features) -> Features:
-        features = {"position": np.array([position], np.int32), **state}
+    def _run(self, tokens: list[int], state: Features) -> Features:
+        features = {"position": np.array([self.position], np.int32), **state}
         if len(tokens) == 1:
             return self.host.run(_DECODE, {"tokens": np.array([tokens], np.int32), **features})
         padded = tokens + [0] * (self.chunk - len(tokens))
         return self.host.run(_PREFILL, {"tokens": np.array([padded], np.int32),
                                         "valid": np.array([len(tokens)], np.int32), **features})
-
-
-class InternalCoreMlSession(InternalState, CoreMlSession):
-    """The caches are the program's; the conv states are ours."""
-
-    def __init__(self, bundle: Bundle, host: Host) -> None:
-        super().__init__(bundle, host)
-        self.state = [state for tensor, state in zip(self.spec.tensors, self.state, strict=True)
-                      if tensor.update != APPEND]
-        self.names = [(_feature(tensor.name), _feature(tensor.next_name))
-                      for tensor in self.spec.tensors if tensor.update != APPEND]
-
-    def reset(self) -> None:
-        """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
-        for state in self.state:
-            state.zero_()
-        self.position = 0
-
-    def _step(self, tokens: list[int]) -> Logits:
-        # The program writes the rows of its padding as well, for which there must be room.
-        whole = len(tokens) == 1 or self.position + self.chunk <= self.spec.context
-        for start, part in [(0, tokens)] if whole else [(i, [token]) for i, token in enumerate(tokens)]:
-            features = {name: state.numpy() for (name, _), state in zip(self.names, self.state, strict=True)}
-            outputs = self._run(part, self.position + start, features)
-            for (_, name), state in zip(self.names, self.state, strict=True):
-                state.numpy()[:] = outputs[name]
-        return outputs["logits"][0, 0].astype(np.float32)
 
 
 def _feature(name: str) -> str:

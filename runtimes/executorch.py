@@ -16,7 +16,7 @@ from executorch.extension.pybindings import portable_lib
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
-from lfm_edge.session import InternalState, Logits, Session
+from lfm_edge.session import Logits, Session
 
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
@@ -32,8 +32,8 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     except RuntimeError as error:
         raise BundleError(f"{bundle.artifact}: ExecuTorch cannot load it ({error})") from None
     manifest = bundle.manifest
-    kind = InternalStateSession if manifest.state_mode == "internal" else ExecutorchSession
-    session = kind(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+    held = () if manifest.state_mode == "internal" else manifest.state.tensors
+    session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
     session.forward = forward
     return session
 
@@ -50,7 +50,7 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
 
 
 class ExecutorchSession(Session):
-    """The state is ours: the program changes it where it lies."""
+    """The state is ours, and the program changes it where it lies; or it is the program's own."""
 
     forward: portable_lib.ExecuTorchMethod
 
@@ -58,17 +58,6 @@ class ExecutorchSession(Session):
         inputs = [torch.tensor([tokens]), torch.tensor([self.position]), *self.state]
         logits, = self.forward.call(inputs, clone_outputs=False)
         return logits[0, -1].clone().numpy()
-
-
-class InternalStateSession(InternalState, ExecutorchSession):
-    """The state is the program's."""
-
-    def __init__(self, spec, vocab_size, chunk) -> None:
-        super().__init__(spec, vocab_size, chunk)
-        self.state = []
-
-    def reset(self) -> None:
-        self.position = 0
 
 
 @contextmanager

@@ -98,10 +98,8 @@ class NotMeasured:
     state_bytes: int
 
     @classmethod
-    def of(cls, bundle: Bundle) -> NotMeasured | None:
-        """None where the bundle can be measured here."""
-        if sys.platform in bundle.target.measured_on:
-            return None
+    def of(cls, bundle: Bundle) -> NotMeasured:
+        """What to say of a bundle whose target is not measured here."""
         reason = (f"runs on {bundle.target.runs_on}; what computes it on {sys.platform} tells nothing about its speed "
                   "and memory there. Run this command on a Mac")
         return cls(str(bundle.directory), bundle.manifest.target, reason, bundle.artifact_bytes,

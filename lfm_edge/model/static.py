@@ -179,18 +179,22 @@ class ShiftedSum(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("taps", weight[:, 0].t().contiguous())  # [taps, H]
+        self.weight = frozen(weight)  # [H, 1, taps]
         self.bias = frozen(bias)
 
     def forward(self, x: Tensor, state: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """x: [1, T, H]; state: [1, taps - 1, H] -> the same"""
-        past, length = self.taps.shape[0] - 1, x.shape[1]
-        columns = torch.cat([state, x], dim=1) if past else x  # [1, taps - 1 + T, H]
-        y = sum(columns[:, tap:tap + length] * self.taps[tap] for tap in range(past + 1))
-        y = y if self.bias is None else y + self.bias
-        if not past:
-            return y, state
-        return y, columns[:, length:] if place.conv_rows is None else place.conv_rows @ columns
+        if self.weight.shape[2] == 1:
+            return self.convolve(x, x.shape[1]), state
+        columns = torch.cat([state, x], dim=1)  # [1, taps - 1 + T, H]
+        following = columns[:, x.shape[1]:] if place.conv_rows is None else place.conv_rows @ columns
+        return self.convolve(columns, x.shape[1]), following
+
+    def convolve(self, columns: Tensor, length: int) -> Tensor:
+        """columns: [1, taps - 1 + length, H] -> [1, length, H]"""
+        taps = (self.weight.select(1, 0).select(1, tap) for tap in range(self.weight.shape[2]))  # [H] each
+        y = sum(columns[:, tap:tap + length] * weight for tap, weight in enumerate(taps))
+        return y if self.bias is None else y + self.bias
 
 
 class LastValidToken(nn.Module):

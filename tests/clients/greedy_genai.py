@@ -1,9 +1,9 @@
-"""onnxruntime-genai. Reads a job and prints its results as tests/test_onnx_clients.py says."""
+"""onnxruntime-genai. Reads a job and prints its results as tests/client_helpers.py says."""
 
 import json
-import sys
 
 import onnxruntime_genai as genai
+from jobs import serve
 
 
 class Client:
@@ -34,12 +34,6 @@ class Client:
             generated.append(int(generator.get_next_tokens()[0]))
         return generated
 
-    def result(self, job):
-        prompt = self.prompt(job)
-        return {"prompt": prompt, "generated": self.greedy(prompt, job["max_tokens"]) if job["max_tokens"] else []}
-
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
-    client = Client(given["directory"])
-    print(json.dumps([client.result(job) for job in given["jobs"]]))
+    serve(Client)

@@ -1,10 +1,8 @@
-"""mlx-lm. Reads a job and prints its results as tests/test_onnx_clients.py says."""
-
-import json
-import sys
+"""mlx-lm. Reads a job and prints its results as tests/client_helpers.py says."""
 
 import mlx.core as mx
 import mlx_lm
+from jobs import serve
 from mlx_lm.generate import generate_step
 
 
@@ -29,12 +27,6 @@ class Client:
                 break
         return generated
 
-    def result(self, job):
-        prompt = self.prompt(job)
-        return {"prompt": prompt, "generated": self.greedy(prompt, job["max_tokens"]) if job["max_tokens"] else []}
-
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
-    client = Client(given["directory"])
-    print(json.dumps([client.result(job) for job in given["jobs"]]))
+    serve(Client)

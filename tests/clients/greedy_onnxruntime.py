@@ -1,4 +1,4 @@
-"""Plain ONNX Runtime, without lfm_edge. Reads a job and prints its results as tests/test_onnx_clients.py says."""
+"""Plain ONNX Runtime, without lfm_edge. Reads a job and prints its results as tests/client_helpers.py says."""
 
 import json
 import sys

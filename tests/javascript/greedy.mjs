@@ -1,4 +1,4 @@
-// transformers.js. Reads a job and prints its results as tests/test_onnx_clients.py says.
+// transformers.js. Reads a job and prints its results as tests/client_helpers.py says.
 import { readFileSync } from "node:fs";
 import { AutoModelForCausalLM, AutoTokenizer, env, Tensor } from "@huggingface/transformers";
 
