@@ -14,6 +14,7 @@ from lfm_edge.quantization.tensor import QuantizedTensor
 from tests.helpers import TINY
 
 SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(8, None)]
+TWO_LEVEL = [Scheme(4, group, two_level=True) for group in (32, 64, 128)]
 
 
 def weights(seed, rows=12, cols=256, spread=0.05):
@@ -51,7 +52,7 @@ def test_quantizing_twice_is_quantizing_once(case):
     assert torch.equal(quantize(once.dequantize(), scheme).dequantize(), once.dequantize())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + TWO_LEVEL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_codes_fit_their_bits_and_scales_are_positive_bfloat16(scheme, dtype):
     result = quantize(weights(0).to(dtype), scheme)
@@ -78,7 +79,38 @@ def test_the_search_saves_a_tenth_of_the_error_of_four_bits_on_normal_weights():
     assert relative_error(matrix, searched) < 0.9 * relative_error(matrix, plain)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", TWO_LEVEL)
+@pytest.mark.parametrize("spread", [1e-6, 0.05, 40.0])
+def test_two_level_scales_are_small_multiples_of_a_unit_of_their_row(scheme, spread):
+    result = quantize(weights(6, spread=spread), scheme)
+    multiples, units = result.two_level_scales()
+    assert multiples.dtype == torch.uint8
+    assert int(multiples.min()) >= 1 and int(multiples.max()) <= 15
+    assert torch.equal(multiples.float() * units[:, None], result.scales)
+
+
+@pytest.mark.parametrize("scheme", TWO_LEVEL)
+def test_weights_with_two_level_scales_do_not_change(scheme):
+    once = quantize(weights(7, 24, 512), scheme)
+    again = quantize(once.dequantize(), scheme)
+    assert torch.equal(again.dequantize(), once.dequantize())
+
+
+@pytest.mark.parametrize("tails", [1, 3])
+def test_two_level_scales_cost_little_of_what_groups_save_over_channels(tails):
+    matrix = weights(8, 64, 1024) ** tails
+    error = {scheme: relative_error(matrix, quantize(matrix, scheme))
+             for scheme in (Scheme(4, 32), Scheme(4, 32, two_level=True), Scheme(4, None))}
+    free, two_level, channel = error.values()
+    assert free < two_level < free + 0.15 * (channel - free)
+
+
+def test_scales_that_are_no_multiples_have_no_second_level():
+    with pytest.raises(ValueError, match="multiples"):
+        QuantizedTensor(torch.zeros(1, 64, dtype=torch.int8), torch.tensor([[1.0, 1.0078125]]), 4).two_level_scales()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES + TWO_LEVEL)
 def test_zero_and_tiny_weights_survive(scheme):
     matrix = torch.zeros(4, 256)
     matrix[1] = 1e-30

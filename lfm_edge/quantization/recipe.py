@@ -17,10 +17,14 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight is quantized: `bits` wide, with a scale for every `group_size` columns (None: per row)."""
+    """How one weight is quantized: `bits` wide, with a scale for every `group_size` columns (None: per row).
+
+    two_level: the scales of a row are multiples, 1 to 15, of one unit (block expansion, in Qualcomm's words)
+    """
 
     bits: int
     group_size: int | None
+    two_level: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as the manifest holds it."""
         def entry(scheme: Scheme) -> dict[str, Any]:
-            return {"bits": scheme.bits, "group_size": scheme.group_size or "channel"}
+            return {"bits": scheme.bits, "group_size": scheme.group_size or "channel", "two_level": scheme.two_level}
 
         return {"body": entry(self.body), "head": entry(self.head),
                 "activations": self.activations}
@@ -60,7 +64,8 @@ class Recipe:
     def from_dict(cls, raw: dict[str, Any]) -> Recipe:
         """Read the recipe from a manifest."""
         def scheme(entry: dict[str, Any]) -> Scheme:
-            return Scheme(entry["bits"], None if entry["group_size"] == "channel" else entry["group_size"])
+            return Scheme(entry["bits"], None if entry["group_size"] == "channel" else entry["group_size"],
+                          entry.get("two_level", False))
 
         if raw["activations"] not in ACTIVATIONS:
             raise ValueError(f"activations is {raw['activations']!r}; known are {', '.join(ACTIVATIONS)}")
@@ -70,7 +75,10 @@ class Recipe:
 PER_CHANNEL_8 = Scheme(8, None)
 
 
-def recipe(bits: int, group_size: int, head_bits: int, activations: str) -> Recipe:
-    """The `q4` or `q8` recipe: `bits` in the linear layers, `head_bits` in embedding and head."""
-    schemes = {4: Scheme(4, group_size), 8: PER_CHANNEL_8}
+def recipe(bits: int, group_size: int, head_bits: int, activations: str, two_level: bool = False) -> Recipe:
+    """The `q4` or `q8` recipe: `bits` in the linear layers, `head_bits` in embedding and head.
+
+    two_level: of the 4-bit scheme
+    """
+    schemes = {4: Scheme(4, group_size, two_level), 8: PER_CHANNEL_8}
     return Recipe(schemes[bits], schemes[head_bits], activations)

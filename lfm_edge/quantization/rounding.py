@@ -19,13 +19,15 @@ from torch import Tensor
 from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.errors import ExportError
 from lfm_edge.quantization.recipe import Recipe, Scheme
-from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.quantization.tensor import LARGEST_MULTIPLE, QuantizedTensor, are_multiples
 
 # Fractions of max|w| / (2**(bits-1) - 0.5) to try, plain round-to-nearest among them. Below 1 clips the largest
 # weight.
 _GRID_4 = (1.0, 0.94, 0.88, 0.82, 0.76, 7.5 / 7)
 _GRID_8 = (1.0, 0.97, 0.94, 0.9, 0.85, 127.5 / 127)
 _REFINEMENTS = 2
+# Fractions to try of the unit that puts a row's largest scale at the largest multiple.
+_GRID_UNITS = (1.0, 0.92, 0.84, 0.76, 0.68)
 _ELEMENTS_AT_ONCE = 1 << 17  # what fits the cache while a dozen candidates are tried
 _SAMPLE_ROWS = 16
 _SMALLEST_SCALE = 2.0 ** -14  # normal in float16 and bfloat16, so every backend reads it exactly
@@ -65,6 +67,8 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
         chunk = weight[start:start + step]
         groups = chunk.reshape(-1, group)
         best = _recover(groups, scheme.bits) if exact else _search(groups.float(), scheme.bits)
+        if scheme.two_level:
+            best = _in_multiples(groups.float(), *best, scheme.bits, rows=chunk.shape[0])
         ints[start:start + step] = best[0].view(chunk.shape)
         scales[start:start + step] = best[1].view(chunk.shape[0], -1)
     return QuantizedTensor(ints, scales, scheme.bits)
@@ -120,6 +124,45 @@ def _search(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         projection = torch.mul(groups, codes, out=products).sum(1, keepdim=True) / energy.clamp_(min=1.0)
         consider(_on_grid(torch.where(projection > 0, projection, best_scales)))
     return _round(groups, best_scales, bits, out=codes).to(torch.int8), best_scales
+
+
+def _in_multiples(groups: Tensor, ints: Tensor, scales: Tensor, bits: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the smallest squared error found where a row's scales are multiples of one unit.
+
+    groups: float32 [n, group]; ints, scales: what is best without that condition; rows: of the weight
+    """
+    free = scales.view(rows, -1)
+    kept = are_multiples(free)  # quantized so already
+    largest = free.amax(1, keepdim=True) / LARGEST_MULTIPLE
+    best_scales, best_errors = free.clone(), torch.full_like(largest, torch.inf)
+    for fraction in _GRID_UNITS:
+        unit = _short(largest * fraction)  # [rows, 1]
+        chosen, errors = _nearest_multiples(groups, free, unit, bits)
+        better = errors < best_errors
+        best_scales = torch.where(better, chosen, best_scales)
+        best_errors = torch.where(better, errors, best_errors)
+    best_scales = torch.where(kept, free, best_scales).view(-1, 1)
+    codes = _round(groups, best_scales, bits).to(torch.int8)
+    return torch.where(kept.expand_as(free).reshape(-1, 1), ints, codes), best_scales
+
+
+def _nearest_multiples(groups: Tensor, scales: Tensor, unit: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The multiple of `unit` below or above each scale, whichever errs less, and each row's squared error.
+
+    groups: float32 [n, group]; scales: float32 [rows, n / rows]; unit: float32 [rows, 1]
+    """
+    below = (scales / unit).floor()
+    tried = [(below + step).clamp(1, LARGEST_MULTIPLE) * unit for step in (0, 1)]
+    errors = [(_round(groups, one.view(-1, 1), bits) * one.view(-1, 1) - groups).square().sum(1).view(scales.shape)
+              for one in tried]
+    first = errors[0] <= errors[1]
+    return torch.where(first, *tried), torch.where(first, *errors).sum(1, keepdim=True)
+
+
+def _short(units: Tensor) -> Tensor:
+    """The nearest positive values of four significant bits: times a multiple they are on the bfloat16 grid."""
+    mantissa, exponent = torch.frexp(units.clamp(min=_SMALLEST_SCALE))
+    return torch.ldexp((mantissa * 16).round(), exponent - 4)
 
 
 def _candidates(groups: Tensor, bits: int) -> Iterator[Tensor]:

@@ -38,6 +38,39 @@ class QuantizedTensor:
         """float32 [rows, cols]"""
         return dequantize(self.ints, self.scales)
 
+    def two_level_scales(self) -> tuple[Tensor, Tensor]:
+        """The scales as multiples of one unit for each row: uint8 [rows, groups] and float32 [rows], exactly.
+
+        Raises ValueError where they are not.
+        """
+        units = _units(self.scales)
+        if units.isnan().any():
+            raise ValueError("the scales of a row are not multiples of one unit")
+        return (self.scales / units).to(torch.uint8), units[:, 0]
+
+
+LARGEST_MULTIPLE = 15  # of a unit of scales: what fits four bits, as block expansion on NPUs has it
+
+
+def are_multiples(scales: Tensor) -> Tensor:
+    """Whether each row's scales are multiples of one unit: float32 [rows, groups] -> bool [rows, 1]"""
+    return ~_units(scales).isnan()
+
+
+def _units(scales: Tensor) -> Tensor:
+    """A unit for each row of which every scale is a multiple, 1 to 15, exactly; NaN where there is none.
+
+    float32 [rows, groups] -> float32 [rows, 1]
+    """
+    largest = scales.amax(1, keepdim=True)
+    units = torch.full_like(largest, torch.nan)
+    for multiple in range(LARGEST_MULTIPLE, 0, -1):
+        unit = largest / multiple
+        counts = (scales / unit).round()
+        fits = ((counts >= 1) & (counts * unit == scales)).all(1, keepdim=True)
+        units = torch.where(fits, unit, units)
+    return units
+
 
 def dequantize(ints: Tensor, scales: Tensor) -> Tensor:
     """`ints * scales` with each scale spread over its group.
