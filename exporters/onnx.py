@@ -31,6 +31,7 @@ from lfm_edge.model.lowering import Lowering, Weight, frozen, rotary_angles
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.activations import column_block
+from lfm_edge.quantization.packing import block_codes, block_scales
 from lfm_edge.quantization.tensor import QuantizedTensor
 from lfm_edge.state import APPEND, StateSpec, StateTensor
 from lfm_edge.targets import StateLayout
@@ -127,11 +128,11 @@ class OnnxLowering(Lowering):
 
     def codes(self, weights: list[QuantizedTensor], *shape: int) -> Tensor:
         """A placeholder for the codes of weights one below the other, uint8."""
-        return self._placeholder(shape, torch.uint8, _packed("codes", weights, pack_codes))
+        return self._placeholder(shape, torch.uint8, _packed("codes", weights, block_codes))
 
     def scales(self, weights: list[QuantizedTensor], *shape: int) -> Tensor:
         """A placeholder for the scales of weights one below the other, float32 [rows, blocks]."""
-        return self._placeholder(shape, torch.float32, _packed("scales", weights, pack_scales))
+        return self._placeholder(shape, torch.float32, _packed("scales", weights, block_scales))
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype, packed: Packed) -> Tensor:
         """A tensor to trace with: the shape of the constant, and no memory."""
@@ -154,17 +155,6 @@ def _check_widths(weights: Weights) -> None:
     for name, weight in weights.items():
         if isinstance(weight, QuantizedTensor) and not column_block(weight):
             raise ExportError(f"{name}: {weight.shape[1]} columns; MatMulNBits takes a multiple of 16")
-
-
-def pack_codes(weight: QuantizedTensor) -> np.ndarray:
-    """Codes plus half their range, unsigned, the even column in the low half of a byte: uint8 [rows, bytes]."""
-    codes = weight.ints.numpy().view(np.uint8) + np.uint8(2 ** (weight.bits - 1))
-    return codes if weight.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
-
-
-def pack_scales(weight: QuantizedTensor) -> np.ndarray:
-    """A scale for every block of the kernel, float32 [rows, blocks]; the blocks of a channel share its scale."""
-    return np.repeat(weight.scales.numpy(), weight.group_size // column_block(weight), axis=1)
 
 
 def _microsoft(name: str, inputs: Sequence[Tensor | None], attributes: dict[str, Any],

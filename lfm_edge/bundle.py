@@ -42,6 +42,7 @@ class Manifest:
     lowering: what the exporter tells about its work (delegates, operators left out)
     source: the checkpoint as the user named it; source_sha256: its content
     weights_sha256: of the quantized integers and scales, the same for every target with this recipe
+    activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
     files: size and SHA-256 of every other file, by its path inside the bundle
     """
 
@@ -59,6 +60,7 @@ class Manifest:
     licence: str
     weights_sha256: str
     versions: dict[str, str]
+    activation_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
@@ -71,7 +73,8 @@ class Manifest:
             "prefill_chunk": self.prefill_chunk, "config": self.config.to_dict(),
             "recipe": self.recipe.to_dict(), "state": self.state.to_dict(), "lowering": self.lowering,
             "source": self.source, "source_sha256": self.source_sha256, "licence": self.licence,
-            "weights_sha256": self.weights_sha256, "versions": self.versions, "files": files,
+            "weights_sha256": self.weights_sha256, "versions": self.versions,
+            "activation_ranges": self.activation_ranges, "files": files,
         }
         (directory / MANIFEST).write_text(json.dumps(raw, indent=2) + "\n")
 
@@ -94,6 +97,8 @@ class Manifest:
                 state=StateSpec.from_dict(raw["state"]),
                 lowering=raw["lowering"], source=_text(raw["source"]), source_sha256=_text(raw["source_sha256"]),
                 licence=_text(raw["licence"]), weights_sha256=_text(raw["weights_sha256"]), versions=raw["versions"],
+                activation_ranges={str(name): (float(low), float(high))
+                                   for name, (low, high) in raw.get("activation_ranges", {}).items()},
                 files={_inside(name, path): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
                        for name, entry in raw["files"].items()})
         except LfmEdgeError:
@@ -153,14 +158,18 @@ class Bundle:
         """The bundle's tokenizer and chat template."""
         return TextTokenizer(self.directory)
 
-    def session(self, threads: int | None = None) -> Session:
-        """A session of the bundle's own runtime. threads: None for the runtime's default
+    def session(self, threads: int | None = None, soc: str | None = None) -> Session:
+        """A session of the bundle's own runtime.
 
+        threads: None for the runtime's default; soc: which of the chips it was compiled for, None for the one at hand
         Raises LfmEdgeError where the runtime takes no number of threads, or cannot load the artifact.
         """
+        if soc is not None and not self.target.compiled:
+            raise LfmEdgeError(f"--soc {soc}: {self.target.name} is not compiled for chips")
         if threads is not None and not self.target.takes_threads:
             raise LfmEdgeError(f"--threads {threads}: the runtime of {self.target.name} chooses its threads itself")
-        return self.target.runtime().open_session(self, threads)
+        which = (soc,) if self.target.compiled else ()
+        return self.target.runtime().open_session(self, threads, *which)
 
     def _check_files(self) -> None:
         root = self.directory.resolve()

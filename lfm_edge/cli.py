@@ -70,6 +70,12 @@ def export(
     state: Annotated[str, typer.Option(help="explicit: the app owns the state, and can snapshot it. internal: the "
                                             "program does, as the stock LLM runners and Core ML's MLState want it.")
                      ] = "explicit",
+    soc: Annotated[str | None, typer.Option(
+        help="Chips to compile for, for NPU targets: sm8350, sm8550, sm8650, sm8750, sm8850, several with commas "
+             "between. (default: sm8750)", show_default=False)] = None,
+    calibration: Annotated[Path | None, typer.Option(
+        help="UTF-8 text with prompts separated by blank lines, to measure activations on where the target needs "
+             "that. (default: built-in prompts)", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle, once the new one is whole.")
                      ] = False,
 ) -> None:
@@ -81,7 +87,7 @@ def export(
     with _progress() as progress:
         bundle = run(model, target=target, output=output, context=context, prefill_chunk=prefill_chunk,
                      group_size=group_size, head_bits=head_bits, compute_dtype=compute_dtype, kv_dtype=kv_dtype,
-                     state=state, force=force, progress=progress)
+                     state=state, soc=soc, calibration=calibration, force=force, progress=progress)
     _show_bundle(bundle)
     where = escape(str(output))
     out.print(f"\nwritten to [bold]{where}[/]; next: lfm-edge verify {where}", soft_wrap=True)
@@ -100,6 +106,11 @@ def verify(
     model: Annotated[str | None, typer.Option(help="Where the checkpoint is now, if not where the manifest says.",
                                               show_default=False)] = None,
     threads: Threads = None,
+    soc: Annotated[str | None, typer.Option(help="Which of the chips that an NPU bundle was compiled for. (default: "
+                                                 "the one of this device, or the first)", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option(
+        min=2, help="Tokens of text to run, where simulating all would take hours. (default: two prefill chunks and "
+                    "24)", show_default=False)] = None,
 ) -> None:
     """Hold a bundle against the quantized reference, and that against the float32 model.
 
@@ -110,7 +121,7 @@ def verify(
     from lfm_edge.harness.verify import verify as run
 
     with _progress() as progress:
-        result = run(opened, model=model, threads=threads, progress=progress)
+        result = run(opened, model=model, threads=threads, soc=soc, tokens=tokens, progress=progress)
     _render(verification_tables(result), result.to_dict(), json_file)
     if not result.passed:
         err.print("verify: FAILED")

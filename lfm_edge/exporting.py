@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from lfm_edge.progress import Progress
 from lfm_edge.quantization.calibration import CALIBRATION_TOKENS, calibrate_kv, write_kv_scales
 from lfm_edge.quantization.recipe import GROUP_SIZES, HEAD_BITS, Recipe, recipe
 from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.sample import sample_tokens
+from lfm_edge.sample import calibration_tokens, default_prompts, read_prompts, whole_chunks
+from lfm_edge.socs import DEFAULT_SOC, Soc, socs_named
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import Target, target_named
 from lfm_edge.tokenizer import TextTokenizer
@@ -34,6 +35,8 @@ class ExportJob:
     compute_dtype: of activations and of all that is not quantized, one of the target's
     state_mode: `explicit` (the caller owns the state) or `internal` (the program does)
     prefill_chunk: most tokens that one step takes
+    prompts: tokens to measure activations on, where the target's have constant scales
+    socs: the chips to compile for, where the target is compiled
     """
 
     config: ModelConfig
@@ -43,6 +46,8 @@ class ExportJob:
     compute_dtype: str
     state_mode: str
     prefill_chunk: int
+    prompts: tuple[list[int], ...] = ()
+    socs: tuple[Soc, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,19 @@ class Artifact:
 
     path: the file that the runtime loads; lowering: what `inspect` shows about the exporter's work
     usage: Markdown for the bundle's README, how each client loads it
+    activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
     """
 
     path: str
     lowering: dict[str, Any]
     usage: str
+    activation_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
            prefill_chunk: int = DEFAULT_PREFILL_CHUNK, group_size: int = 32, head_bits: int = 8,
            compute_dtype: str | None = None, kv_dtype: str | None = None, state: str = "explicit",
+           soc: str | None = None, calibration: str | Path | None = None,
            force: bool = False, progress: Progress | None = None) -> Bundle:
     """Export a checkpoint to a bundle directory and open it.
 
@@ -69,7 +77,9 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     prefill_chunk: most tokens that one step takes
     group_size: columns that share a 4-bit scale; head_bits: width of embedding and head
     compute_dtype: what the program computes in; the target's own where none is given
-    kv_dtype: of the KV cache; the compute type where none is given
+    kv_dtype: of the KV cache; the compute type where none is given and the target's caches have it
+    soc: chips to compile for, such as `sm8650,sm8750`, where the target is compiled for chips
+    calibration: a file of prompts to measure scales on, where the target has constant ones (`lfm_edge.sample`)
     force: replace an existing bundle, once the new one is whole
 
     The bundle is written beside `output` and renamed when complete: an interrupted export leaves nothing,
@@ -79,36 +89,55 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     chosen = target_named(target)
     chosen.check_installed()
     compute_dtype = compute_dtype or chosen.compute_dtypes[0]
-    kv_dtype = kv_dtype or compute_dtype
+    kv_dtype = kv_dtype or (compute_dtype if compute_dtype in chosen.kv_dtypes else chosen.kv_dtypes[0])
     _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state)
+    socs = _socs(chosen, soc)
     checkpoint = open_checkpoint(model)
     limit = checkpoint.config.max_position_embeddings
     if context is None:
         context = min(DEFAULT_CONTEXT, limit)
     if context > limit:
         raise ExportError(f"--context {context} is more than the model's {limit}")
-    bits = recipe(chosen.bits, group_size, head_bits, chosen.activations)
-    layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout, compute_dtype)
+    prefill_chunk = min(prefill_chunk, context)
+    bits = recipe(chosen.bits, group_size, head_bits, chosen.activations, chosen.two_level)
+    # Conv states come and go as real numbers, where the program computes in integers.
+    layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout,
+                          "float32" if compute_dtype == "int16" else compute_dtype)
+    needs_prompts = chosen.calibrated or layout.needs_kv_scales
+    if calibration is not None and not needs_prompts:
+        raise ExportError(f"--calibration {calibration}: {target} measures its scales at run time and has no use for it"
+                          + (", but with --kv-dtype int8" if "int8" in chosen.kv_dtypes else ""))
+    texts = read_prompts(Path(calibration)) if calibration is not None else None
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
         progress.stage("quantize", len(checkpoint.names))
         weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
         digest = weights_digest(weights)
+        prompts = (calibration_tokens(TextTokenizer(directory), checkpoint.config, texts or default_prompts(directory))
+                   if needs_prompts else [])
         if layout.needs_kv_scales:
             progress.stage("calibrate the 8-bit KV cache", checkpoint.config.num_layers)
-            tokens = sample_tokens(TextTokenizer(directory), checkpoint.config.vocab_size,
-                                   min(CALIBRATION_TOKENS, context))
+            tokens = prompts[:min(CALIBRATION_TOKENS, context)]
             scales = calibrate_kv(checkpoint.config, weights, bits.activations, tokens, progress.advance)
             write_kv_scales(scales, directory)
             weights |= scales
         exporter = chosen.exporter()
-        job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, min(prefill_chunk, context))
+        windows = whole_chunks(prompts, prefill_chunk, context, checkpoint.config.bos_token_id)
+        job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, windows, socs)
         artifact = exporter.export(job, directory, progress.stage)
         progress.stage("seal the bundle")
         manifest = _manifest(checkpoint, chosen, job, artifact, digest)
         (directory / "README.md").write_text(_readme(manifest, artifact.usage))
         manifest.write(directory)
     return Bundle.open(output)
+
+
+def _socs(target: Target, names: str | None) -> tuple[Soc, ...]:
+    if not target.compiled:
+        if names is not None:
+            raise ExportError(f"--soc {names}: {target.name} is not compiled for chips")
+        return ()
+    return socs_named(names or DEFAULT_SOC)
 
 
 def _check_options(target: Target, context: int | None, prefill_chunk: int, group_size: int, head_bits: int,
@@ -136,7 +165,7 @@ def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: 
         prefill_chunk=job.prefill_chunk,
         config=job.config, recipe=job.recipe, state=job.state, lowering=artifact.lowering,
         source=checkpoint.source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
-        weights_sha256=digest,
+        weights_sha256=digest, activation_ranges=artifact.activation_ranges,
         versions={"lfm-edge": lfm_edge.__version__,
                   **{package: importlib.metadata.version(package) for package in ("torch", *target.requires)}})
 

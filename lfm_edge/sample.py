@@ -1,8 +1,24 @@
-"""The text that checks and calibration run on when the user gives none."""
+"""Text that checks and calibration run on when the user gives none, and how a user's file of prompts is read."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lfm_edge.checkpoint import TASKS_FILE
+from lfm_edge.config import ModelConfig
+from lfm_edge.errors import BundleError, LfmEdgeError
 from lfm_edge.tokenizer import TextTokenizer
+
+LEAST_CALIBRATION_TOKENS = 256
+MOST_CALIBRATION_TOKENS = 2048
+_TASKS = 64  # of a checkpoint's prompts, evenly chosen
+_WINDOW = 512  # tokens after which calibration begins a new text
+
+Conversation = list[dict[str, str]]  # messages with `role` and `content`
 
 TEXT = """\
 The harbour wakes before the town does. At four the first boats slip past the mole, their lamps low on the water, \
@@ -35,3 +51,108 @@ def sample_tokens(tokenizer: TextTokenizer, vocab_size: int, count: int) -> list
     """`count` tokens of the built-in text, from its beginning, repeated where it is too short."""
     tokens = [token for token in tokenizer.encode(TEXT) if token < vocab_size]
     return (tokens * (count // len(tokens) + 1))[:count]
+
+
+_EXCHANGES = (
+    ("Which is larger, 7/12 or 0.58?",
+     "7/12 is 0.58333..., so it is larger than 0.58, by one part in three hundred."),
+    ("Write a Python function that returns the n-th Fibonacci number without recursion.",
+     "def fibonacci(n: int) -> int:\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n"),
+    ("Summarize in one sentence: The ferry was late because fog had closed the harbour at six, and the captain would "
+     "not leave before he could see the second buoy. Passengers were given tea.",
+     "Fog closed the harbour and delayed the ferry, so the waiting passengers were served tea."),
+    ("Übersetze ins Deutsche: Could you tell me where the nearest pharmacy is?",
+     "Könnten Sie mir sagen, wo die nächste Apotheke ist?"),
+    ("Give me a JSON object for a book: title, author, year, tags.",
+     '{"title": "The Waves", "author": "Virginia Woolf", "year": 1931, "tags": ["novel", "modernism"]}'),
+    ("Why is the sky blue?",
+     "Air scatters short waves of sunlight far more than long ones. Blue light therefore reaches our eyes from every "
+     "direction of the sky, while the red comes almost straight from the sun."),
+    ("A train leaves at 14:35 and travels 186 km at 62 km/h. When does it arrive?",
+     "It needs 186 / 62 = 3 hours, so it arrives at 17:35."),
+    ("List three things to check before a long bicycle tour.",
+     "1. Tyres: pressure, cracks, a spare tube.\n2. Brakes: pads at least 2 mm thick, cables that move freely.\n"
+     "3. Chain: clean, oiled, and not worn beyond 0.75 %."),
+    ("请用一句话解释什么是光合作用。", "光合作用是植物利用阳光把二氧化碳和水变成糖和氧气的过程。"),
+    ("Fix the grammar: Me and him has went to the market yesterday.", "He and I went to the market yesterday."),
+    ("What does `git rebase --onto main topic~3 topic` do?",
+     "It takes the last three commits of `topic` and replays them on top of `main`; `topic` points at the result."),
+    ("Escribe un mensaje corto para felicitar a una colega por su ascenso.",
+     "¡Enhorabuena, Lucía! Te lo has ganado con trabajo y buen humor. Me alegro muchísimo por ti."),
+    ("Is 2,147,483,647 prime?", "Yes. It is 2^31 - 1, a Mersenne prime; Euler proved it in 1772."),
+    ("Antworte mit ja oder nein: Ist ein Wal ein Fisch?", "Nein."),
+    ("SELECT the three customers who spent most in 2023 from orders(customer, total, day).",
+     "SELECT customer, SUM(total) AS spent\nFROM orders\nWHERE day >= '2023-01-01' AND day < '2024-01-01'\n"
+     "GROUP BY customer\nORDER BY spent DESC\nLIMIT 3;"),
+    ("I feel tired all the time lately. What could help?",
+     "Regular sleep, daylight in the morning, movement, and less coffee after noon often help. If it lasts longer than "
+     "a few weeks, or you lose weight without trying, please see a doctor."),
+)
+PROMPTS: tuple[Conversation, ...] = tuple(
+    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    for question, answer in _EXCHANGES)
+
+
+def read_prompts(path: Path) -> tuple[Conversation, ...]:
+    """A user's prompts: UTF-8 text, one from the other by blank lines. Raises LfmEdgeError where there are none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise LfmEdgeError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    prompts = [prompt.strip() for prompt in re.split(r"\n\s*\n", text) if prompt.strip()]
+    if not prompts:
+        raise LfmEdgeError(f"{path}: has no prompts")
+    return tuple([{"role": "user", "content": prompt}] for prompt in prompts)
+
+
+def read_tasks(directory: Path) -> list[dict[str, Any]]:
+    """The prompts that a checkpoint ships, each with `task`, `messages` and `answer`; none where it ships none.
+
+    Raises BundleError where the file is malformed.
+    """
+    path = directory / TASKS_FILE
+    if not path.is_file():
+        return []
+    try:
+        return [{"task": str(task["task"]), "messages": task["messages"], "answer": str(task["answer"])}
+                for task in json.loads(path.read_text())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path}: malformed ({error})") from None
+
+
+def default_prompts(directory: Path) -> tuple[Conversation, ...]:
+    """What activations are measured on by default: some of a checkpoint's own prompts, or else the built-in ones.
+
+    A model far from what it was trained on has other activations than in its use.
+    """
+    tasks = read_tasks(directory)
+    chosen = tasks[::max(1, len(tasks) // _TASKS)]
+    return tuple([*task["messages"], {"role": "assistant", "content": task["answer"]}] for task in chosen) or PROMPTS
+
+
+def calibration_tokens(tokenizer: TextTokenizer, config: ModelConfig, prompts: Sequence[Conversation]) -> list[int]:
+    """Prompts through the chat template, one after the other, and then the built-in text as far as there is room.
+
+    Raises LfmEdgeError where the prompts are too few to measure anything on.
+    """
+    tokens = [token for prompt in prompts for token in _tokens_of(tokenizer, prompt)]
+    tokens = [token for token in tokens if token < config.vocab_size]
+    if len(tokens) < LEAST_CALIBRATION_TOKENS:
+        raise LfmEdgeError(f"the prompts are {len(tokens)} tokens; calibration needs at least "
+                           f"{LEAST_CALIBRATION_TOKENS}")
+    text = [token for token in tokenizer.encode(TEXT) if token < config.vocab_size]
+    return (tokens + text)[:MOST_CALIBRATION_TOKENS]
+
+
+def _tokens_of(tokenizer: TextTokenizer, prompt: Conversation) -> list[int]:
+    if tokenizer.template is None:
+        return tokenizer.encode("\n".join(message["content"] for message in prompt))
+    return tokenizer.chat(prompt)
+
+
+def whole_chunks(tokens: Sequence[int], chunk: int, context: int, first: int) -> tuple[list[int], ...]:
+    """Texts of whole chunks that fit a context, each with the token that texts begin with: what is left is left out."""
+    length = max(min(context, _WINDOW) // chunk, 1) * chunk
+    starts = range(0, len(tokens), length - 1)
+    texts = ([first, *tokens[start:start + length - 1]] for start in starts) if length > 1 else ([first],)
+    return tuple(text[:len(text) // chunk * chunk] for text in texts if len(text) >= chunk)

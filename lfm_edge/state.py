@@ -53,6 +53,16 @@ class StateTensor:
         """What of its value a session at `position` has written: a view."""
         return value.narrow(self.axis, 0, position) if self.update == APPEND else value
 
+    def update_with(self, value: torch.Tensor, new: torch.Tensor, position: int, count: int) -> None:
+        """Take over what a step of `count` tokens at `position` gave: the next value, or rows, of which `count` count.
+
+        Rows past those are padding.
+        """
+        if self.update == APPEND:
+            value.narrow(self.axis, position, count).copy_(new.narrow(self.axis, 0, count))
+        else:
+            value.copy_(new)
+
     @property
     def nbytes(self) -> int:
         """Bytes that this tensor takes."""
@@ -97,6 +107,8 @@ class StateSpec:
 
         def cache(layer: int, kind: str, width: int, dtype: str, initial: float = 0.0) -> StateTensor:
             name = f"past_key_values.{layer}.{kind}"
+            if layout.keys_transposed and kind == "key":
+                return StateTensor(name, layer, kind, (1, heads, width, context), dtype, APPEND, initial, 3)
             return StateTensor(name, layer, kind, (*rows, width), dtype, APPEND, initial,
                                2 if layout.kv_heads_first else 1)
 

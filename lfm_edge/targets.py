@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -40,10 +41,12 @@ class StateLayout:
 
     kv_heads_first: caches are [1, kv_heads, context, head_dim] instead of [1, context, kv_heads, head_dim]; at
         int8 their scales are constants of the program, one for each channel
+    keys_transposed: caches of keys are [1, kv_heads, head_dim, context], where the heads come first
     conv_channels_last: conv states are [1, taps - 1, hidden] instead of [1, hidden, taps - 1]
     """
 
     kv_heads_first: bool = False
+    keys_transposed: bool = False
     conv_channels_last: bool = False
 
 
@@ -55,8 +58,11 @@ class Target:
     exporter_name, runtime_name: its modules, `exporters.NAME` and `runtimes.NAME`; the extra has the exporter's name
     requires: packages that must be importable for it, the runtime first
     compute_dtypes: in what the program may compute, the default first
-    kv_dtypes: of caches; a floating-point one must be the one that the program computes in
-    measured_on: the `sys.platform`s on which its speed and memory mean something
+    kv_dtypes: of caches, the default first; a floating-point one must be the one that the program computes in
+    two_level: whether 4-bit scales are multiples of one for each row (see `quantization.recipe.Scheme`)
+    calibrated: whether activations have constant scales, which are measured on prompts
+    compiled: whether it is compiled for chips that the user names
+    measured_on: the systems on which its speed and memory mean something, as `sys.platform`, or that and the machine
     takes_threads: whether its runtime can be told how many threads to use
     """
 
@@ -76,11 +82,14 @@ class Target:
     thresholds: Thresholds
     measured_on: tuple[str, ...] = ("linux", "darwin")
     takes_threads: bool = True
+    two_level: bool = False
+    calibrated: bool = False
+    compiled: bool = False
 
     @property
     def is_measured_here(self) -> bool:
         """Whether this machine can tell its speed and memory."""
-        return sys.platform in self.measured_on
+        return bool({sys.platform, f"{sys.platform}-{platform.machine()}"} & set(self.measured_on))
 
     @property
     def installed(self) -> bool:
@@ -164,6 +173,17 @@ _COREML = {
     "state_modes": ("explicit", "internal"), "artifact": "model.mlpackage", "runs_on": "iOS 18, macOS 15 (Core ML)",
 }
 
+# The NPU computes in integers of 16 bits whose scales were fixed beforehand; see docs/npu.md for what that costs.
+_NPU_PARITY = {"logit_error": 0.2, "typical_error": 0.05, "kl_divergence": 1e-3, "noise_factor": 3.0}
+
+_NPU = {
+    "exporter_name": "qnn", "runtime_name": "qnn", "requires": ("onnxruntime_qnn",), "activations": "float",
+    "compute_dtypes": ("int16",), "kv_dtypes": ("int8",), "state_modes": ("explicit",), "artifact": "npu/CHIP",
+    "state_layout": StateLayout(kv_heads_first=True, keys_transposed=True, conv_channels_last=True),
+    "runs_on": "Snapdragon NPU (ONNX Runtime, QNN)", "measured_on": ("linux-aarch64",), "takes_threads": False,
+    "two_level": True, "calibrated": True, "compiled": True,
+}
+
 TARGETS: dict[str, Target] = {target.name: target for target in (
     # Measured: 4 bits cost the trained toy 0.07 nats on text that it does not know, random weights at 1.2B 0.35,
     # and weights of another layer several. One task prompt of 60 more or less is 0.017.
@@ -185,6 +205,10 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
            thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.5, task_drop=0.05), **_MLX, **_APPLE),
     Target("mlx-q8", bits=8, weights="int8 per channel, bfloat16 activations",
            thresholds=Thresholds(**_FLOAT_PARITY, quality_kl=0.1, task_drop=0.02), **_MLX, **_APPLE),
+    Target("npu-q4", bits=4, weights="int4 groups, int8 head, int16 activations",
+           thresholds=Thresholds(**_NPU_PARITY, quality_kl=0.5, task_drop=0.05), **_NPU),
+    Target("npu-q8", bits=8, weights="int8 per channel, int16 activations",
+           thresholds=Thresholds(**_NPU_PARITY, quality_kl=0.1, task_drop=0.02), **_NPU),
 )}
 
 

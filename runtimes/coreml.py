@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
@@ -114,11 +115,8 @@ class CoreMlSession(Session):
         features = {_feature(tensor.name): state.numpy() for tensor, state in zip(self.held, self.state, strict=True)}
         outputs = self._run(tokens, features)
         for tensor, state in zip(self.held, self.state, strict=True):
-            new = outputs[_feature(tensor.next_name)]
-            if tensor.update == APPEND:
-                state.numpy()[:, :, self.position:self.position + len(tokens)] = new[:, :, :len(tokens)]
-            else:
-                state.numpy()[:] = new
+            new = torch.from_numpy(outputs[_feature(tensor.next_name)])
+            tensor.update_with(state, new, self.position, len(tokens))
         return outputs["logits"][0, 0].astype(np.float32)
 
     def _run(self, tokens: list[int], state: Features) -> Features:

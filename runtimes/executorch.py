@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
@@ -16,13 +12,14 @@ from executorch.extension.pybindings import portable_lib
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
+from lfm_edge.progress import native_messages_hidden
 from lfm_edge.session import Logits, Session
 
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's program. threads: of the runtime's pool, which the process shares"""
     try:
-        with _native_messages_hidden():
+        with native_messages_hidden():
             if threads is not None:
                 portable_lib._unsafe_reset_threadpool(threads)
             portable_lib._threadpool_get_thread_count()  # starts the pool, which prints about the processor
@@ -58,17 +55,3 @@ class ExecutorchSession(Session):
         inputs = [torch.tensor([tokens]), torch.tensor([self.position]), *self.state]
         logits, = self.forward.call(inputs, clone_outputs=False)
         return logits[0, -1].clone().numpy()
-
-
-@contextmanager
-def _native_messages_hidden() -> Iterator[None]:
-    """Keep what the native libraries print about the processor, while they start, off standard error."""
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)

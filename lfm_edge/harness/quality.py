@@ -5,7 +5,6 @@ Where the checkpoint ships `tasks.json` (prompts with one right answer), the art
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lfm_edge import sample
 from lfm_edge.bundle import Bundle
-from lfm_edge.checkpoint import TASKS_FILE
-from lfm_edge.errors import BundleError
 from lfm_edge.generation import generate
 from lfm_edge.harness.parity import kl_divergence, log_softmax
 from lfm_edge.session import Session
@@ -66,18 +64,8 @@ def compare(tokens: Sequence[int], exact: np.ndarray, quantized: np.ndarray, lim
 
 
 def read_tasks(bundle: Bundle) -> list[dict[str, Any]]:
-    """The prompts that the checkpoint ships, each with `task`, `messages` and `answer`; none where it ships none.
-
-    Those that do not fit the bundle's context with their answers are left out.
-    """
-    path = bundle.directory / TASKS_FILE
-    if not path.is_file():
-        return []
-    try:
-        tasks = [{"task": str(task["task"]), "messages": task["messages"], "answer": str(task["answer"])}
-                 for task in json.loads(path.read_text())]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path}: malformed ({error})") from None
+    """The prompts that the checkpoint ships, without those that do not fit the bundle's context with their answers."""
+    tasks = sample.read_tasks(bundle.directory)
     tokenizer, context = bundle.tokenizer(), bundle.manifest.state.context
 
     def length(task: dict[str, Any]) -> int:

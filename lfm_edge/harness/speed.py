@@ -101,7 +101,7 @@ class NotMeasured:
     def of(cls, bundle: Bundle) -> NotMeasured:
         """What to say of a bundle whose target is not measured here."""
         reason = (f"runs on {bundle.target.runs_on}; what computes it on {sys.platform} tells nothing about its speed "
-                  "and memory there. Run this command on a Mac")
+                  "and memory. Run this command there")
         return cls(str(bundle.directory), bundle.manifest.target, reason, bundle.artifact_bytes,
                    bundle.manifest.state.nbytes)
 

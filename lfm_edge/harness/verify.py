@@ -87,24 +87,26 @@ class Verification:
         }
 
 
-def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | None = None,
-           progress: Progress | None = None) -> Verification:
+def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | None = None, soc: str | None = None,
+           tokens: int | None = None, progress: Progress | None = None) -> Verification:
     """Hold a bundle against the quantized reference, and that against the float32 model.
 
     model: where the checkpoint is now, if not where the manifest says
+    soc: which of the chips that the bundle was compiled for
+    tokens: length of the text to run; two prefill chunks and 24 where none is given, or what the context holds
     Raises LfmEdgeError where the checkpoint is missing, or is not the one that was exported.
     """
     progress = progress or Progress()
     checkpoint = _source(bundle, model)
     manifest, thresholds = bundle.manifest, bundle.target.thresholds
     tasks = quality.read_tasks(bundle)
-    tokens = _tokens(bundle, tasks)
+    text = _tokens(bundle, tasks, tokens)
     phases, skipped = _phases(bundle)
 
     progress.stage("run the artifact", len(tasks) or None)
-    session = bundle.session(threads)
-    ours = parity.run_phases(session, tokens, phases)
-    prompt = tokens[:max(1, len(tokens) - GREEDY_TOKENS)][:64]
+    session = bundle.session(threads, soc)
+    ours = parity.run_phases(session, text, phases)
+    prompt = text[:max(1, len(text) - GREEDY_TOKENS)][:64]
     answer = parity.greedy_tokens(session, prompt, min(GREEDY_TOKENS, manifest.state.context - len(prompt)))
     our_answers = quality.right_answers(session, bundle, tasks, progress.advance)
     arithmetic, remark = session.arithmetic, session.remark
@@ -114,27 +116,27 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     weights = quantize_checkpoint(checkpoint, manifest.recipe, lambda _: progress.advance())
     _check_same_weights(bundle, weights)
     progress.stage("look the weights up in the artifact")
-    found = _check_weights(bundle, weights)
     weights |= read_kv_scales(bundle.directory) if manifest.state.needs_kv_scales else {}
+    found = _check_weights(bundle, weights)
     progress.stage("run the quantized reference")
     torch_runtime = reference_runtime()
     reference = torch_runtime.ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),
                                                activations=manifest.recipe.activations)
     del weights
-    theirs = parity.run_phases(reference, tokens, phases)
-    quantized_logits = reference.score(tokens)
+    theirs = parity.run_phases(reference, text, phases)
+    quantized_logits = reference.score(text)
     followed = parity.follow(reference, prompt, answer)
     progress.stage("measure its noise floor")
     disturbed = []
     for seed in range(NOISE_DRAWS):
         reference.jitter(seed, arithmetic)
-        disturbed.append(parity.run_phases(reference, tokens, phases))
+        disturbed.append(parity.run_phases(reference, text, phases))
     del reference
 
     progress.stage("run the float32 model", len(tasks) or None)
     exact = torch_runtime.ReferenceSession(manifest.config, torch_runtime.float_weights(checkpoint),
                                            StateSpec.of(manifest.config, manifest.state.context))
-    cost = quality.compare(tokens, exact.score(tokens), quantized_logits, thresholds.quality_kl)
+    cost = quality.compare(text, exact.score(text), quantized_logits, thresholds.quality_kl)
     answers = quality.right_answers(exact, bundle, tasks, progress.advance)
     floor = [parity.worst([parity.compare(phase, draw[phase], theirs[phase]) for draw in disturbed])
              for phase in phases]
@@ -171,13 +173,13 @@ def _check_weights(bundle: Bundle, weights: Weights) -> WeightCheck:
     return WeightCheck(len(expected), [name for name, digest in expected if digest not in stored])
 
 
-def _tokens(bundle: Bundle, tasks: list[dict[str, Any]]) -> list[int]:
+def _tokens(bundle: Bundle, tasks: list[dict[str, Any]], length: int | None) -> list[int]:
     """A text longer than two chunks, as far as the context allows it: the bundle's own tasks, or the built-in one.
 
     A model far from what it was trained on is far more sensitive to rounding than in its use.
     """
     manifest, tokenizer = bundle.manifest, bundle.tokenizer()
-    count = min(2 * manifest.prefill_chunk + 24, manifest.state.context - 1)
+    count = min(length or 2 * manifest.prefill_chunk + 24, manifest.state.context - 1)
     tokens: list[int] = []
     for task in tasks:
         if len(tokens) >= count:

@@ -11,6 +11,7 @@ rows of a unit matrix, which are exact in every type.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -187,14 +188,17 @@ class ShiftedSum(nn.Module):
         if self.weight.shape[2] == 1:
             return self.convolve(x, x.shape[1]), state
         columns = torch.cat([state, x], dim=1)  # [1, taps - 1 + T, H]
-        following = columns[:, x.shape[1]:] if place.conv_rows is None else place.conv_rows @ columns
-        return self.convolve(columns, x.shape[1]), following
+        return self.convolve(columns, x.shape[1]), self.next_state(columns, x.shape[1], place)
 
     def convolve(self, columns: Tensor, length: int) -> Tensor:
         """columns: [1, taps - 1 + length, H] -> [1, length, H]"""
         taps = (self.weight.select(1, 0).select(1, tap) for tap in range(self.weight.shape[2]))  # [H] each
-        y = sum(columns[:, tap:tap + length] * weight for tap, weight in enumerate(taps))
+        y = functools.reduce(torch.add, (columns[:, tap:tap + length] * weight for tap, weight in enumerate(taps)))
         return y if self.bias is None else y + self.bias
+
+    def next_state(self, columns: Tensor, length: int, place: Place) -> Tensor:
+        """columns: [1, taps - 1 + length, H] -> [1, taps - 1, H]"""
+        return columns[:, length:] if place.conv_rows is None else place.conv_rows @ columns
 
 
 class LastValidToken(nn.Module):

@@ -1,0 +1,433 @@
+"""The Snapdragon NPU: context binaries for ONNX Runtime's QNN provider, by way of ONNX graphs of quantized operators.
+
+The static network is traced for a prefill chunk and for a single token. Every value in it gets integers: 16 bits for
+activations, in ranges that are measured on prompts, 8 for what is looked back at. The traces are written as ONNX, and
+the provider compiles that for each chip. The graphs stay in the bundle: the simulator runs them, and another compiler
+may.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from exporters.qdq import GraphWriter, WeightsFile
+from lfm_edge import htp
+from lfm_edge.config import ModelConfig
+from lfm_edge.errors import ExportError
+from lfm_edge.exporting import Artifact, ExportJob
+from lfm_edge.model.decoder import Decoder
+from lfm_edge.model.lowering import Linears, Weight
+from lfm_edge.model.static import ShiftedSum, StaticLowering, grouped, ungrouped
+from lfm_edge.model.weights import Weights
+from lfm_edge.npu import (
+    CONV_ROWS,
+    COS,
+    EMBEDDINGS,
+    LAST,
+    LOGITS,
+    MASK,
+    SIN,
+    Arrays,
+    NpuSession,
+    graph_name,
+    graphs_of,
+    hidden_name,
+)
+from lfm_edge.progress import quiet
+from lfm_edge.quantization import packing, ranges
+from lfm_edge.quantization.activations import column_block
+from lfm_edge.quantization.ranges import UNIT_INT8, Encoding, Ranges, Watched
+from lfm_edge.quantization.recipe import EMBEDDING
+from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.state import APPEND, StateSpec
+from lfm_edge.targets import TARGETS
+
+DIRECTORY, GRAPHS = "npu", "graphs"
+_LARGEST_PART = 700_000_000  # bytes of weights in one context binary: compiling takes 8.5 times as much memory
+
+
+def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> Artifact:
+    """Write the graphs, and what they compile to for each chip of the job, into `directory`.
+
+    Raises ExportError where an operator would not run on the NPU.
+    """
+    (directory / DIRECTORY / GRAPHS).mkdir(parents=True)
+    progress("write the embedding")
+    _write_embedding(job.weights[EMBEDDING], directory / DIRECTORY)
+    lengths = {"prefill": job.prefill_chunk} if job.prefill_chunk > 1 else {}
+    lengths |= {"decode": 1}
+    programs = {}
+    for phase, length in lengths.items():
+        progress(f"trace {phase}")
+        with quiet(), torch.no_grad():
+            programs[phase] = NpuProgram(job.config, job.weights, job.state, length)
+    progress(f"measure activations on {sum(map(len, job.prompts))} tokens")
+    measured = _measure(job, programs[next(iter(lengths))])
+    progress("write the graphs")
+    parts = _parts(job)
+    nodes = _write_graphs(programs, measured, parts, directory / DIRECTORY / GRAPHS)
+    report: dict[str, Any] = {"parts": len(set(parts.values())), "nodes": nodes}
+    del programs
+    for soc in job.socs:
+        report[f"compiled for {soc.name}"] = _compile(soc, list(lengths), directory / DIRECTORY, progress)
+    report["peak memory of the export"] = _peak_memory()
+    return Artifact(DIRECTORY, report, _usage(job), measured)
+
+
+def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
+    """Every quantized weight, by name, as its bytes must stand in the files: codes and scales apart."""
+    table = weights[EMBEDDING]
+    yield f"{EMBEDDING}: rows", packing.block_codes(table).tobytes()
+    yield f"{EMBEDDING}: scales of rows", packing.block_scales(table).tobytes()
+    lowering = NpuLowering(1)
+    Decoder(config, weights, StateSpec.of(config, 1, "int8", TARGETS["npu-q8"].state_layout), lowering)
+    for name, weight in lowering.named(weights).values():
+        yield f"{name}: codes", packing.transposed_codes(weight).tobytes()
+        if weight.scales.shape[1] == 1:
+            yield f"{name}: scales", weight.scales.numpy().tobytes()
+            continue
+        multiples, units = weight.two_level_scales()
+        yield f"{name}: multiples", multiples.t().contiguous().numpy().tobytes()
+        yield f"{name}: units", units.numpy().tobytes()
+
+
+class Place(NamedTuple):
+    """What the layers need to know of a step, all of it given.
+
+    cos, sin: [1, T, 1, D]
+    past_mask: [1, 1, 1, context], new_mask: [1, kv_heads, G*T, T]: -1 for what is hidden; G heads share a key head
+    conv_rows: int32 [taps - 1], the columns that are the next conv state; last: int32 [1], the last valid token
+    """
+
+    cos: Tensor
+    sin: Tensor
+    past_mask: Tensor
+    new_mask: Tensor | None
+    conv_rows: Tensor | None
+    last: Tensor | None
+
+
+class NpuLowering(StaticLowering):
+    """The static pieces without look-ups, without reshaping of weights, and with 8-bit caches.
+
+    The parts of a joined projection are layers of their own: each of them gets a range.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length, torch.float32)
+        self.linears_made: list[tuple[QuantizedTensor, QuantizedTensor, str]] = []  # the weight, its part, which
+
+    def positions(self, config: ModelConfig, context: int) -> nn.Module:
+        return Places(config, self.length)
+
+    def embedding(self, weight: Weight) -> nn.Module:
+        return Given()
+
+    def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
+        self.linears_made.append((weight, weight, ""))
+        return super().linear(weight, bias)
+
+    def split_linear(self, weight: Weight, bias: Tensor | None, parts: int) -> nn.Module:
+        rows = weight.shape[0] // parts
+        layers = []
+        for index in range(parts):
+            here = slice(index * rows, (index + 1) * rows)
+            part = QuantizedTensor(weight.ints[here], weight.scales[here], weight.bits)
+            self.linears_made.append((weight, part, f".{index}"))
+            layers.append(super().linear(part, None if bias is None else bias[here]))
+        return Linears(layers)
+
+    def rotary(self, head_dim: int) -> nn.Module:
+        return Rotary()
+
+    def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return CausalConv(weight, bias)
+
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
+        return EightBitAttention(scale, kv_scales)
+
+    def last_token(self) -> nn.Module:
+        return LastValidToken()
+
+    def named(self, weights: Weights) -> dict[int, tuple[str, QuantizedTensor]]:
+        """Weights of the linear layers made so far and their names, by the address of their integers."""
+        names = {id(weight): name for name, weight in weights.items()}
+        return {part.ints.data_ptr(): (names[id(whole)] + suffix, part)
+                for whole, part, suffix in self.linears_made}
+
+
+class Given(nn.Module):
+    """What the host has computed already."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        """The same."""
+        return given
+
+
+class Places(nn.Module):
+    """What the host has computed, and the mask within a step, which is always the same."""
+
+    def __init__(self, config: ModelConfig, length: int) -> None:
+        super().__init__()
+        causal = torch.full((length, length), -1.0).triu(diagonal=1)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        # One for each key head: the simulator was seen to apply a mask for all of them to the first one only.
+        self.register_buffer("new_mask", causal.repeat(config.num_key_value_heads, groups, 1)[None])
+
+    def forward(self, place: Place, length: int) -> Place:
+        """The place, whole."""
+        return place._replace(new_mask=self.new_mask)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding with the signs in the sines: the halves are swapped, and none is negated."""
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """x: [1, T, heads, D] -> the same shape"""
+        first, second = x[..., :x.shape[3] // 2], x[..., x.shape[3] // 2:]
+        return x * place.cos + torch.cat([second, first], dim=-1) * place.sin
+
+
+class CausalConv(ShiftedSum):
+    """The sum over taps; the next state is columns that the host chooses."""
+
+    def next_state(self, columns: Tensor, length: int, place: Place) -> Tensor:
+        """columns: [1, taps - 1 + length, H] -> [1, taps - 1, H]"""
+        return columns[:, length:] if place.conv_rows is None else columns.index_select(1, place.conv_rows)
+
+
+class LastValidToken(nn.Module):
+    """The token that the host chooses."""
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """x: [1, T, H] -> [1, 1, H]"""
+        return x if place.last is None else x.index_select(1, place.last)
+
+
+class EightBitAttention(nn.Module):
+    """Attention over a cache of 8-bit integers and over the step's own keys and values, rounded to the same.
+
+    The NPU multiplies 16-bit by 8-bit integers; wider ones are cut to 8 bits of their whole range. With a scale for
+    each channel, 8 bits lose little. The scales of the keys are put on the queries, those of the values on the result.
+    """
+
+    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        key_scales, value_scales = kv_scales  # [kv_heads, D] each
+        self.scale = scale
+        self.register_buffer("key_scales", key_scales)
+        self.register_buffer("value_scales", value_scales)
+        self.register_buffer("to_keys", 1 / key_scales)
+        self.register_buffer("to_values", 1 / value_scales)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
+                place: Place) -> tuple[Tensor, list[Tensor]]:
+        """query: [1, T, heads, D]; key, value: [1, T, kv_heads, D]
+
+        state: keys [1, kv_heads, D, context] and values [1, kv_heads, context, D]
+        Returns [1, T, heads, D], and the step's rows of the caches as they come, [1, T, kv_heads, D]: a transposition
+        before a result is moved behind its rounding by ONNX Runtime, where the NPU has no operator for it.
+        """
+        past_keys, past_values = state
+        heads, kv_heads = query.shape[2], key.shape[2]
+        groups = heads // kv_heads
+        keys, values = ranges.to_int8(key * self.to_keys), ranges.to_int8(value * self.to_values)
+        query = grouped(query * (self.key_scales * self.scale).repeat_interleave(groups, 0), kv_heads)
+        scores = torch.cat([ranges.masked(query @ past_keys, place.past_mask),
+                            ranges.masked(query @ keys.permute(0, 2, 3, 1), place.new_mask)], dim=-1)
+        shares = scores.softmax(dim=-1)  # [1, kv_heads, G*T, context + T]
+        context = past_keys.shape[3]
+        out = shares[..., :context] @ past_values + shares[..., context:] @ values.transpose(1, 2)
+        return ungrouped(out, key.shape[1]) * self.value_scales.repeat_interleave(groups, 0), [keys, values]
+
+
+class NpuProgram(nn.Module):
+    """The trace of the network for `length` tokens: `(embeddings, place..., *state) -> (logits, *next)`.
+
+    inputs: names of the arguments, in order; outputs: of the results
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, state: StateSpec, length: int) -> None:
+        super().__init__()
+        lowering = NpuLowering(length)
+        self.decoder = Decoder(config, weights, state, lowering)
+        self.weights = lowering.named(weights)
+        tables = {EMBEDDINGS: torch.zeros(1, length, config.hidden_size),
+                  COS: torch.zeros(1, length, 1, config.head_dim), SIN: torch.zeros(1, length, 1, config.head_dim),
+                  MASK: torch.zeros(1, 1, 1, state.context)}
+        if length > 1:
+            tables |= {CONV_ROWS: torch.zeros(config.conv_taps - 1, dtype=torch.int32),
+                       LAST: torch.zeros(1, dtype=torch.int32)}
+        self.tables = len(tables)
+        samples = tables | {tensor.name: torch.zeros(1).expand(tensor.shape) for tensor in state.tensors}
+        self.inputs = list(samples)
+        self.outputs = [LOGITS, *(tensor.next_name for tensor in state.tensors)]
+        self.traced = torch.export.export(self, tuple(samples.values()), strict=False).run_decompositions({})
+        placeholders = [spec.arg.name for spec in self.traced.graph_signature.input_specs
+                        if spec.kind == InputKind.USER_INPUT]
+        self.input_of = dict(zip(placeholders, self.inputs, strict=True))
+        numbers = {node: name for node, name in self.input_of.items() if name not in (CONV_ROWS, LAST)}
+        self.value_names = ranges.value_names(self.traced, numbers)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """logits: [1, 1, vocab], of the last valid token"""
+        embeddings, cos, sin, past_mask, *chosen = inputs[:self.tables]
+        place = Place(cos, sin, past_mask, None, *(chosen or (None, None)))
+        logits, following = self.decoder(embeddings, place, list(inputs[self.tables:]))
+        return logits, *following
+
+    def encodings(self, measured: Ranges) -> dict[str, Encoding]:
+        """Of every value of the trace, by its nodes."""
+        caches = {tensor.name: UNIT_INT8 for tensor in self.decoder.state.tensors if tensor.update == APPEND}
+        turns = Encoding.of(-1.0, 1.0)
+        fixed = {COS: turns, SIN: turns, MASK: Encoding.of(-1.0, 0.0), **caches}
+        return ranges.encodings(self.traced, self.value_names, measured, fixed)
+
+
+def _measure(job: ExportJob, program: NpuProgram) -> Ranges:
+    """Run the prompts of the job through a program, in float32 but for the caches; the range of every value."""
+    watched = Watched(program.traced, program.value_names)
+    types = {tensor.next_name: np.dtype(tensor.dtype) for tensor in job.state.tensors}
+
+    def run(_: int, inputs: Arrays) -> Arrays:
+        given = [torch.from_numpy(inputs[name]) for name in program.inputs]
+        results = watched.step([value.float() if value.dtype == torch.int8 else value for value in given])
+        return {name: value.numpy().astype(types.get(name, np.float32))
+                for name, value in zip(program.outputs, results, strict=True)}
+
+    table = job.weights[EMBEDDING]
+
+    def embed(tokens: list[int]) -> np.ndarray:
+        rows = QuantizedTensor(table.ints[tokens], table.scales[tokens], table.bits)
+        return rows.dequantize()[None].numpy()
+
+    session = NpuSession(job.config, job.state, job.prefill_chunk, embed, run)
+    for prompt in job.prompts:
+        session.reset()
+        session.prefill(prompt)
+    return watched.ranges
+
+
+def _parts(job: ExportJob) -> dict[int, int]:
+    """Which part of the model each layer belongs to: as many layers as one context binary holds."""
+    sizes = [0] * job.config.num_layers
+    for name, weight in job.weights.items():
+        if name.startswith("model.layers.") and isinstance(weight, QuantizedTensor):
+            sizes[int(name.split(".")[2])] += weight.ints.numel() * weight.bits // 8
+    head = job.weights.get("lm_head.weight", job.weights[EMBEDDING])
+    sizes[-1] += head.ints.numel() * head.bits // 8
+    parts, held = {0: 0}, sizes[0]
+    for layer in range(1, len(sizes)):
+        fits = held + sizes[layer] <= _LARGEST_PART
+        parts[layer] = parts[layer - 1] + (not fits)
+        held = held + sizes[layer] if fits else sizes[layer]
+    return parts
+
+
+def _write_graphs(programs: dict[str, NpuProgram], measured: Ranges, parts: dict[int, int],
+                  directory: Path) -> dict[str, int]:
+    """Write the graphs of all parts, and their constants into one file; the number of operators of each."""
+    counts = {}
+    weights = WeightsFile(directory / "weights.data")
+    for phase, program in programs.items():
+        for index, model in enumerate(_models(program, measured, parts, weights)):
+            name = graph_name(phase, index, len(set(parts.values())))
+            onnx.save(model, directory / name)
+            counts[name] = sum(node.op_type not in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+    weights.close()
+    return counts
+
+
+def _models(program: NpuProgram, measured: Ranges, parts: dict[int, int], file: WeightsFile) -> list[onnx.ModelProto]:
+    """The graphs of a program, one for each part. What crosses from one to the next is a result and an input."""
+    encodings = program.encodings(measured)
+    graph = program.traced.graph
+    results = dict(zip(graph.output_node().args[0], program.outputs, strict=True))
+    last = max(parts.values())
+    models, crossing = [], {}
+    for part in range(last + 1):
+        here = [node for node in graph.nodes if node.op == "call_function" and _part_of(node, parts) == part]
+        writer = GraphWriter(program.traced, encodings, program.weights, file)
+        needed = {source: None for node in here for source in node.all_input_nodes
+                  if source not in here and source.name not in writer.constants}
+        for source in needed:
+            writer.add_input(source, program.input_of.get(source.name) or crossing[source])
+        for node in here:
+            if node in results and writer.keeps_integers(node):
+                writer.result_names[node.name] = results[node]
+        for node in here:
+            writer.add(node)
+        crossing |= {node: hidden_name(part) for node in here
+                     if node.name in writer.values and any(_part_of(user, parts) > part for user in node.users)}
+        for node, name in [*results.items(), *crossing.items()]:
+            if node in here:
+                writer.add_output(node, name)
+        models.append(writer.model(f"part {part} of {last + 1}"))
+    return models
+
+
+def _part_of(node: fx.Node, parts: dict[int, int]) -> int:
+    """The part in which a node is written: that of its layer; the final norm and the head go with the last one."""
+    if node.op == "output":
+        return -1
+    words = ranges.module_path(node).split(".")
+    if words[0] == "layers":
+        return parts[int(words[1])]
+    return max(parts.values()) if words[0] in ("embedding_norm", "lm_head") else 0
+
+
+def _write_embedding(table: QuantizedTensor, directory: Path) -> None:
+    """`embedding.onnx`: `input_ids` int64 [1, T] -> `inputs_embeds`, on the CPU, a few rows of a file."""
+    rows, cols = table.shape
+    block = column_block(table)
+    if not block:
+        raise ExportError(f"{EMBEDDING}: {cols} columns; its kernel takes a multiple of 16")
+    file = WeightsFile(directory / "embedding.data")
+    codes = file.constant("codes", TensorProto.UINT8, (rows, cols * table.bits // 8),
+                          lambda: packing.block_codes(table))
+    scales = file.constant("scales", TensorProto.FLOAT, (rows, cols // block), lambda: packing.block_scales(table))
+    file.close()
+    node = helper.make_node("GatherBlockQuantized", ["codes", "input_ids", "scales"], [EMBEDDINGS],
+                            domain="com.microsoft", bits=table.bits, block_size=block, gather_axis=0, quantize_axis=1)
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "length"])
+    result = helper.make_tensor_value_info(EMBEDDINGS, TensorProto.FLOAT, [1, "length", cols])
+    graph = helper.make_graph([node], "embedding", [ids], [result], [codes, scales])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(
+        "com.microsoft", 1)], ir_version=10, producer_name="lfm-edge"), directory / "embedding.onnx")
+
+
+def _compile(soc: Any, phases: list[str], directory: Path, progress: Callable[[str], None]) -> str:
+    """Compile all graphs for one chip. Prefill and decode of a part have one context binary."""
+    start = time.monotonic()
+    (directory / soc.name).mkdir()
+    for first in graphs_of(directory / GRAPHS, phases[0]):
+        together = [first.with_name(first.name.replace(phases[0], phase, 1)) for phase in phases]
+        sessions = []  # kept: the binary is written when the last one is made
+        for number, graph in enumerate(together, 1):
+            progress(f"compile {graph.stem} for {soc.name} ({soc.product})")
+            sessions.append(htp.load(graph, soc, binary=directory / soc.name / graph.name,
+                                     shared=len(phases) > 1, last=number == len(phases)))
+        del sessions
+    size = sum(path.stat().st_size for path in (directory / soc.name).iterdir())
+    return f"{size / 1e6:,.1f} MB in {time.monotonic() - start:,.0f} s"
+
+
+def _peak_memory() -> str:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:,.2f} GB"
+
+
+def _usage(job: ExportJob) -> str:
+    return ""
