@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lfm_edge
+from lfm_edge.baking import SystemPrompt, bake
 from lfm_edge.bundle import Bundle, Manifest, new_bundle, weights_digest
 from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
@@ -61,7 +62,7 @@ class Artifact:
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
            prefill_chunk: int = DEFAULT_PREFILL_CHUNK, group_size: int = 32, head_bits: int = 8,
            compute_dtype: str | None = None, kv_dtype: str | None = None, state: str = "explicit",
-           force: bool = False, progress: Progress | None = None) -> Bundle:
+           bake_prompt: str | Path | None = None, force: bool = False, progress: Progress | None = None) -> Bundle:
     """Export a checkpoint to a bundle directory and open it.
 
     model: a local Hugging Face directory, a hub id, or `random:PRESET`
@@ -70,6 +71,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     group_size: columns that share a 4-bit scale; head_bits: width of embedding and head
     compute_dtype: what the program computes in; the target's own where none is given
     kv_dtype: of the KV cache; the compute type where none is given
+    bake_prompt: a UTF-8 text file, the system prompt that the bundle prefills now, for sessions to start from
     force: replace an existing bundle, once the new one is whole
 
     The bundle is written beside `output` and renamed when complete: an interrupted export leaves nothing,
@@ -81,6 +83,9 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     compute_dtype = compute_dtype or chosen.compute_dtypes[0]
     kv_dtype = kv_dtype or compute_dtype
     _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state)
+    if bake_prompt is not None and state != "explicit":
+        raise ExportError(f"--bake-prompt {bake_prompt}: with --state {state} the program keeps the state, and none "
+                          "can be shipped")
     checkpoint = open_checkpoint(model)
     limit = checkpoint.config.max_position_embeddings
     if context is None:
@@ -91,6 +96,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout, compute_dtype)
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
+        prompt = None if bake_prompt is None else SystemPrompt.of(Path(bake_prompt), TextTokenizer(directory), context)
         progress.stage("quantize", len(checkpoint.names))
         weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
         digest = weights_digest(weights)
@@ -104,8 +110,11 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         exporter = chosen.exporter()
         job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, min(prefill_chunk, context))
         artifact = exporter.export(job, directory, progress.stage)
-        progress.stage("seal the bundle")
         manifest = _manifest(checkpoint, chosen, job, artifact, digest)
+        if prompt:
+            progress.stage("bake the prompt", -(-len(prompt.tokens) // job.prefill_chunk))
+            manifest = bake(directory, manifest, prompt, progress)
+        progress.stage("seal the bundle")
         (directory / "README.md").write_text(_readme(manifest, artifact.usage))
         manifest.write(directory)
     return Bundle.open(output)
@@ -144,13 +153,17 @@ def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: 
 def _readme(manifest: Manifest, usage: str) -> str:
     """What the bundle is and how to load it, for someone who finds the directory."""
     recipe, state = manifest.recipe.to_dict(), manifest.state
+    baked = f"""
+`{manifest.baked_prompt.file}` holds the state after the system prompt: the tensors by their names, caches cut to its
+{manifest.baked_prompt.tokens} tokens. An app that copies them into its own state goes on at that position.
+""" if manifest.baked_prompt else ""
     name = Path(manifest.source).name
     return f"""# {name} for {manifest.target}
 
 Made by lfm-edge {manifest.versions["lfm-edge"]} from `{name}` (licence: {manifest.licence}).
 Linear layers have {recipe["body"]["bits"]} bits, embedding and head {recipe["head"]["bits"]}. The context holds
 {state.context} tokens; a step takes 1 to {manifest.prefill_chunk}. `manifest.json` has the whole layout of the state.
-
+{baked}
     lfm-edge verify .
     lfm-edge bench .
     lfm-edge chat .
