@@ -98,6 +98,8 @@ class Session(ABC):
         Raises LfmEdgeError where the file cannot be written, or the program keeps some of the state.
         """
         self._check_holds_all("save a session")
+        if len(self.tokens) != self.position:  # somebody has set the position, as measurements do
+            raise LfmEdgeError(f"the session is at {self.position} and has taken {len(self.tokens)} tokens")
         SavedSession(self._known_origin(), self.snapshot(), tuple(messages)).write(Path(path))
 
     def load(self, path: str | Path) -> list[Message]:

@@ -273,6 +273,14 @@ def test_a_session_of_no_bundle_is_not_saved(make_session, file):
     assert not file.exists()
 
 
+def test_a_position_that_no_tokens_led_to_is_not_saved(make_session, file):
+    session = make_session()
+    session.position = 5
+    with pytest.raises(LfmEdgeError, match="at 5 and has taken 0 tokens"):
+        session.save(file)
+    assert not file.exists()
+
+
 def test_state_inside_the_program_is_refused(make_session, saved, file):
     session = make_session()
     session.held = ()
