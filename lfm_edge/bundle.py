@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,12 @@ import torch
 
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import BundleError, ExportError, LfmEdgeError
+from lfm_edge.files import text
 from lfm_edge.model.weights import Weights
+from lfm_edge.quantization.calibration import KV_SCALES_FILE
 from lfm_edge.quantization.recipe import Recipe
 from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.saved import Origin
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import TARGETS, Target, target_named
 from lfm_edge.tokenizer import TextTokenizer
@@ -35,6 +38,14 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTD
 
 
 @dataclass(frozen=True)
+class BakedPrompt:
+    """A system prompt that was prefilled at export. file: the saved session; tokens: how many it has taken"""
+
+    file: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that a runtime or an app needs to drive the artifact, and where it came from.
 
@@ -44,6 +55,7 @@ class Manifest:
     weights_sha256: of the quantized integers and scales, the same for every target with this recipe
     activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
     files: size and SHA-256 of every other file, by its path inside the bundle
+    baked_prompt: None where the bundle has none
     """
 
     target: str
@@ -62,6 +74,13 @@ class Manifest:
     versions: dict[str, str]
     activation_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baked_prompt: BakedPrompt | None = None
+
+    @property
+    def origin(self) -> Origin:
+        """What the states of its sessions come from."""
+        scales = self.files.get(KV_SCALES_FILE, {}) if self.state.needs_kv_scales else {}
+        return Origin(self.weights_sha256, scales.get("sha256", ""))
 
     def write(self, directory: Path) -> None:
         """Seal `directory`: list every file in it with size and hash, and write manifest.json."""
@@ -75,6 +94,7 @@ class Manifest:
             "source": self.source, "source_sha256": self.source_sha256, "licence": self.licence,
             "weights_sha256": self.weights_sha256, "versions": self.versions,
             "activation_ranges": self.activation_ranges, "files": files,
+            **({"baked_prompt": asdict(self.baked_prompt)} if self.baked_prompt else {}),
         }
         (directory / MANIFEST).write_text(json.dumps(raw, indent=2) + "\n")
 
@@ -90,17 +110,18 @@ class Manifest:
             if version != SCHEMA_VERSION:
                 raise BundleError(f"{path}: schema version {version}; this lfm-edge reads {SCHEMA_VERSION}")
             return cls(
-                target=_text(raw["target"]), artifact=_inside(raw["artifact"], path),
-                compute_dtype=_text(raw["compute_dtype"]), state_mode=_text(raw["state_mode"]),
+                target=text(raw["target"]), artifact=_inside(raw["artifact"], path),
+                compute_dtype=text(raw["compute_dtype"]), state_mode=text(raw["state_mode"]),
                 prefill_chunk=_positive(raw["prefill_chunk"]),
                 config=ModelConfig.from_dict(raw["config"]), recipe=Recipe.from_dict(raw["recipe"]),
                 state=StateSpec.from_dict(raw["state"]),
-                lowering=raw["lowering"], source=_text(raw["source"]), source_sha256=_text(raw["source_sha256"]),
-                licence=_text(raw["licence"]), weights_sha256=_text(raw["weights_sha256"]), versions=raw["versions"],
+                lowering=raw["lowering"], source=text(raw["source"]), source_sha256=text(raw["source_sha256"]),
+                licence=text(raw["licence"]), weights_sha256=text(raw["weights_sha256"]), versions=raw["versions"],
                 activation_ranges={str(name): (float(low), float(high))
-                                   for name, (low, high) in raw.get("activation_ranges", {}).items()},
+                                   for name, (low, high) in raw["activation_ranges"].items()},
                 files={_inside(name, path): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
-                       for name, entry in raw["files"].items()})
+                       for name, entry in raw["files"].items()},
+                baked_prompt=_baked(raw["baked_prompt"], path) if "baked_prompt" in raw else None)
         except LfmEdgeError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -129,6 +150,8 @@ class Bundle:
                               f"this lfm-edge knows {', '.join(TARGETS)}")
         if not bundle.artifact_files:
             raise BundleError(f"{directory / MANIFEST}: files does not list the artifact {bundle.manifest.artifact}")
+        if bundle.baked_prompt and bundle.manifest.baked_prompt.file not in bundle.manifest.files:
+            raise BundleError(f"{directory / MANIFEST}: files does not list {bundle.manifest.baked_prompt.file}")
         if check:
             bundle._check_files()
         return bundle
@@ -154,6 +177,12 @@ class Bundle:
         """Size of the artifact, with its external data."""
         return sum(entry["bytes"] for entry in self.artifact_files)
 
+    @property
+    def baked_prompt(self) -> Path | None:
+        """The saved session after the system prompt, for `session.load`; None where the bundle has none."""
+        baked = self.manifest.baked_prompt
+        return self.directory / baked.file if baked else None
+
     def tokenizer(self) -> TextTokenizer:
         """The bundle's tokenizer and chat template."""
         return TextTokenizer(self.directory)
@@ -169,7 +198,9 @@ class Bundle:
         if threads is not None and not self.target.takes_threads:
             raise LfmEdgeError(f"--threads {threads}: the runtime of {self.target.name} chooses its threads itself")
         which = (soc,) if self.target.compiled else ()
-        return self.target.runtime().open_session(self, threads, *which)
+        session = self.target.runtime().open_session(self, threads, *which)
+        session.origin = self.manifest.origin
+        return session
 
     def _check_files(self) -> None:
         root = self.directory.resolve()
@@ -286,10 +317,8 @@ def _inside(name: Any, manifest: Path) -> str:
     return name
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not text")
-    return value
+def _baked(raw: dict[str, Any], manifest: Path) -> BakedPrompt:
+    return BakedPrompt(_inside(raw["file"], manifest), _positive(raw["tokens"]))
 
 
 def _positive(value: Any) -> int:

@@ -32,6 +32,8 @@ err = Console(stderr=True)
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory, as `export` writes it.", show_default=False)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON as well; - for standard output "
                                                                "in place of the table.", show_default=False)]
+Baked = Annotated[bool, typer.Option("--baked-prompt/--no-baked-prompt",
+                                     help="Start after the system prompt that the bundle ships, where it has one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. (default: the runtime's own)",
                                              show_default=False)]
 
@@ -76,6 +78,9 @@ def export(
     calibration: Annotated[Path | None, typer.Option(
         help="UTF-8 text with prompts separated by blank lines, to measure activations on where the target needs "
              "that. (default: built-in prompts)", show_default=False)] = None,
+    bake_prompt: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Text file with a system prompt: it is prefilled now, and `chat`, `generate` and apps "
+                             "start after it without waiting for it.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle, once the new one is whole.")
                      ] = False,
 ) -> None:
@@ -87,7 +92,8 @@ def export(
     with _progress() as progress:
         bundle = run(model, target=target, output=output, context=context, prefill_chunk=prefill_chunk,
                      group_size=group_size, head_bits=head_bits, compute_dtype=compute_dtype, kv_dtype=kv_dtype,
-                     state=state, soc=soc, calibration=calibration, force=force, progress=progress)
+                     state=state, soc=soc, calibration=calibration, bake_prompt=bake_prompt, force=force,
+                     progress=progress)
     _show_bundle(bundle)
     where = escape(str(output))
     out.print(f"\nwritten to [bold]{where}[/]; next: lfm-edge verify {where}", soft_wrap=True)
@@ -176,6 +182,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    baked_prompt: Baked = True,
     threads: Threads = None,
 ) -> None:
     """Continue a prompt; the text goes to standard output as it comes."""
@@ -184,8 +191,10 @@ def generate(
     from lfm_edge.generation import text_pieces
 
     tokenizer, session = opened.tokenizer(), opened.session(threads)
-    tokens = run(session, tokenizer.encode(prompt), max_tokens=max_tokens, temperature=temperature, seed=seed,
-                 stop=opened.manifest.config.eos_token_ids)
+    if baked_prompt and opened.baked_prompt:
+        session.load(opened.baked_prompt)
+    tokens = run(session, tokenizer.encode(prompt, special=session.position == 0), max_tokens=max_tokens,
+                 temperature=temperature, seed=seed, stop=opened.manifest.config.eos_token_ids)
     for piece in text_pieces(tokenizer, tokens):
         _say(piece)
     _say("\n")
@@ -197,23 +206,32 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    baked_prompt: Baked = True,
+    session: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Go on with the conversation in this file, where it exists, and save it there on leaving.",
+        show_default=False)] = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle through its chat template. An empty line or end of input leaves, /reset begins anew."""
     opened = _open(bundle)
     from lfm_edge.generation import Chat
 
-    conversation = Chat(opened.session(threads), opened.tokenizer(), opened.manifest.config.eos_token_ids)
-    for line in _lines("> "):
-        if line == "/reset":
-            conversation.reset()
-            continue
-        try:
-            for piece in conversation.answer(line, max_tokens=max_tokens, temperature=temperature, seed=seed):
-                _say(piece)
-        except LfmEdgeError as error:
-            _complain(error)
-        _say("\n")
+    conversation = Chat(opened.session(threads), opened.tokenizer(), opened.manifest.config.eos_token_ids,
+                        opened.baked_prompt if baked_prompt else None)
+    with conversation.kept_in(session) as goes_on:
+        if goes_on:
+            err.print(f"{session}: goes on after {len(conversation.messages)} messages, "
+                      f"{conversation.session.position} tokens", highlight=False, markup=False, soft_wrap=True)
+        for line in _lines("> "):
+            if line == "/reset":
+                conversation.reset()
+                continue
+            try:
+                for piece in conversation.answer(line, max_tokens=max_tokens, temperature=temperature, seed=seed):
+                    _say(piece)
+            except LfmEdgeError as error:
+                _complain(error)
+            _say("\n")
 
 
 def main() -> None:

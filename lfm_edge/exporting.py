@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lfm_edge
+from lfm_edge.baking import SystemPrompt, bake
 from lfm_edge.bundle import Bundle, Manifest, new_bundle, weights_digest
 from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
@@ -68,7 +69,7 @@ class Artifact:
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
            prefill_chunk: int = DEFAULT_PREFILL_CHUNK, group_size: int = 32, head_bits: int = 8,
            compute_dtype: str | None = None, kv_dtype: str | None = None, state: str = "explicit",
-           soc: str | None = None, calibration: str | Path | None = None,
+           soc: str | None = None, calibration: str | Path | None = None, bake_prompt: str | Path | None = None,
            force: bool = False, progress: Progress | None = None) -> Bundle:
     """Export a checkpoint to a bundle directory and open it.
 
@@ -80,6 +81,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     kv_dtype: of the KV cache; the compute type where none is given and the target's caches have it
     soc: chips to compile for, such as `sm8650,sm8750`, where the target is compiled for chips
     calibration: a file of prompts to measure scales on, where the target has constant ones (`lfm_edge.sample`)
+    bake_prompt: a UTF-8 text file, the system prompt that the bundle prefills now, for sessions to start from
     force: replace an existing bundle, once the new one is whole
 
     The bundle is written beside `output` and renamed when complete: an interrupted export leaves nothing,
@@ -92,6 +94,9 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     kv_dtype = kv_dtype or (compute_dtype if compute_dtype in chosen.kv_dtypes else chosen.kv_dtypes[0])
     _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state)
     socs = _socs(chosen, soc)
+    if bake_prompt is not None and state != "explicit":
+        raise ExportError(f"--bake-prompt {bake_prompt}: with --state {state} the program keeps the state, and none "
+                          "can be shipped")
     checkpoint = open_checkpoint(model)
     limit = checkpoint.config.max_position_embeddings
     if context is None:
@@ -110,6 +115,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     texts = read_prompts(Path(calibration)) if calibration is not None else None
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
+        prompt = None if bake_prompt is None else SystemPrompt.of(Path(bake_prompt), TextTokenizer(directory), context)
         progress.stage("quantize", len(checkpoint.names))
         weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
         digest = weights_digest(weights)
@@ -125,8 +131,11 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         windows = whole_chunks(prompts, prefill_chunk, context, checkpoint.config.bos_token_id)
         job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, windows, socs)
         artifact = exporter.export(job, directory, progress.stage)
-        progress.stage("seal the bundle")
         manifest = _manifest(checkpoint, chosen, job, artifact, digest)
+        if prompt:
+            progress.stage("bake the prompt", -(-len(prompt.tokens) // job.prefill_chunk))
+            manifest = bake(directory, manifest, prompt, progress)
+        progress.stage("seal the bundle")
         (directory / "README.md").write_text(_readme(manifest, artifact.usage))
         manifest.write(directory)
     return Bundle.open(output)
@@ -173,13 +182,17 @@ def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: 
 def _readme(manifest: Manifest, usage: str) -> str:
     """What the bundle is and how to load it, for someone who finds the directory."""
     recipe, state = manifest.recipe.to_dict(), manifest.state
+    baked = f"""
+`{manifest.baked_prompt.file}` holds the state after the system prompt: the tensors by their names, caches cut to its
+{manifest.baked_prompt.tokens} tokens. An app that copies them into its own state goes on at that position.
+""" if manifest.baked_prompt else ""
     name = Path(manifest.source).name
     return f"""# {name} for {manifest.target}
 
 Made by lfm-edge {manifest.versions["lfm-edge"]} from `{name}` (licence: {manifest.licence}).
 Linear layers have {recipe["body"]["bits"]} bits, embedding and head {recipe["head"]["bits"]}. The context holds
 {state.context} tokens; a step takes 1 to {manifest.prefill_chunk}. `manifest.json` has the whole layout of the state.
-
+{baked}
     lfm-edge verify .
     lfm-edge bench .
     lfm-edge chat .

@@ -20,3 +20,10 @@ def read_json_object(path: Path, failure: type[LfmEdgeError]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise failure(f"{path}: expected an object at the top level")
     return value
+
+
+def text(value: Any) -> str:
+    """A value of a JSON file that must be text. Raises ValueError where it is something else."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
-from lfm_edge.errors import ContextFull
+from lfm_edge.errors import BundleError, ContextFull
+from lfm_edge.saved import Message
 from lfm_edge.session import Logits, Session
 from lfm_edge.tokenizer import TextTokenizer
 
@@ -64,19 +67,57 @@ class Chat:
 
     Each turn renders the whole conversation; where the session holds a prefix of it already, only the rest
     is prefilled.
+
+    baked: the saved session of a system prompt, from which every conversation starts
     """
 
-    def __init__(self, session: Session, tokenizer: TextTokenizer, stop: Sequence[int]) -> None:
+    def __init__(self, session: Session, tokenizer: TextTokenizer, stop: Sequence[int],
+                 baked: Path | None = None) -> None:
         self.session = session
         self.tokenizer = tokenizer
         self.stop = stop
-        self.messages: list[dict[str, str]] = []
-        self.held: list[int] = []
+        self.baked = baked
+        self.messages: list[Message] = []
+        self.reset()
 
     def reset(self) -> None:
         """Begin a new conversation."""
-        self.session.reset()
-        self.messages, self.held = [], []
+        self.messages = self._start()
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a file. Raises LfmEdgeError as `Session.save` does."""
+        self.session.save(path, self.messages)
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation.
+
+        Raises LfmEdgeError as `Session.load` does, and for a session that is of no conversation.
+        """
+        messages = self.session.load(path)
+        if self.session.tokens and not messages:
+            self.reset()
+            raise BundleError(f"{path}: a saved session without a conversation; `chat` cannot go on with it")
+        self.messages = messages
+
+    @contextmanager
+    def kept_in(self, file: Path | None) -> Iterator[bool]:
+        """Go on with the conversation in a file, if there is one, and save it there however the block ends.
+
+        Gives whether there was one. A file that is not there is written at once: what cannot be saved is refused
+        before anything is said.
+        """
+        if file is None:
+            yield False
+            return
+        goes_on = file.exists()
+        if goes_on:
+            self.load(file)
+        else:
+            self.save(file)
+        try:
+            yield goes_on
+        finally:
+            self.save(file)
 
     def answer(self, text: str, *, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Say something; the answer's text as it comes.
@@ -88,9 +129,10 @@ class Chat:
         if len(tokens) > self.session.spec.context:
             raise ContextFull(f"the conversation is {len(tokens)} tokens long, the context holds "
                               f"{self.session.spec.context}; /reset begins anew")
-        if self.held != tokens[:len(self.held)] or len(self.held) == len(tokens):
+        if not self._is_begun(tokens):
+            self._start()
+        if not self._is_begun(tokens):
             self.session.reset()
-            self.held = []
         said: list[int] = []
 
         def remember(stream: Iterator[int]) -> Iterator[int]:
@@ -98,8 +140,19 @@ class Chat:
                 said.append(token)
                 yield token
 
-        stream = generate(self.session, tokens[len(self.held):], max_tokens=max_tokens, stop=self.stop,
+        stream = generate(self.session, tokens[self.session.position:], max_tokens=max_tokens, stop=self.stop,
                           temperature=temperature, seed=seed)
         yield from text_pieces(self.tokenizer, remember(stream))
-        self.held = [*tokens, *said][:self.session.position]
         self.messages = [*messages, {"role": "assistant", "content": self.tokenizer.decode(said)}]
+
+    def _start(self) -> list[Message]:
+        """Bring the session to where a conversation starts; the messages that are part of it by then."""
+        if self.baked is not None:
+            return self.session.load(self.baked)
+        self.session.reset()
+        return []
+
+    def _is_begun(self, tokens: list[int]) -> bool:
+        """Whether the session holds a beginning of `tokens`, and not all of them."""
+        held = self.session.tokens
+        return len(held) < len(tokens) and held == tokens[:len(held)]

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lfm_edge.errors import ContextFull, LfmEdgeError
-from lfm_edge.state import APPEND, StateSpec, StateTensor
+from lfm_edge.errors import BundleError, ContextFull, LfmEdgeError
+from lfm_edge.saved import Message, Origin, SavedSession
+from lfm_edge.state import APPEND, Snapshot, StateSpec, StateTensor
 
 Logits = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state of a session at one position: copies, independent of the session they came from.
-
-    Of a KV cache only the filled rows are kept.
-    """
-
-    spec: StateSpec
-    position: int
-    tensors: tuple[torch.Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the snapshot holds."""
-        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class Session(ABC):
@@ -41,6 +25,8 @@ class Session(ABC):
 
     vocab_size: logits that a step gives; chunk: most tokens that one step takes
     held: the tensors of the state that the session has; all of them, unless the program keeps some
+    tokens: all that were taken since the last reset, `position` of them
+    origin: what a state must come from for this session to go on with it; None where no bundle told
     arithmetic: the type that it computes in
     remark: what `verify` must say about who computes, where that is not what computes on the device
     """
@@ -55,6 +41,8 @@ class Session(ABC):
         self.chunk = chunk
         self.held = spec.tensors if held is None else held
         self.position = 0
+        self.tokens: list[int] = []
+        self.origin: Origin | None = None
         self.state = [tensor.fresh() for tensor in self.held]
 
     @abstractmethod
@@ -78,6 +66,7 @@ class Session(ABC):
             part, tokens = tokens[:self._room()], tokens[self._room():]
             logits = self._step(part)
             self.position += len(part)
+            self.tokens += part
         return logits
 
     def decode(self, token: int) -> Logits:
@@ -88,7 +77,7 @@ class Session(ABC):
         """A copy of the state, to go back to. Raises LfmEdgeError where the program keeps some of it."""
         self._check_holds_all("snapshot")
         kept = tuple(self._read(index, self.position) for index in range(len(self.spec.tensors)))
-        return Snapshot(self.spec, self.position, kept)
+        return Snapshot(self.spec, self.position, kept, tuple(self.tokens))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this session or of another one of the same layout.
@@ -100,22 +89,56 @@ class Session(ABC):
             raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
         for index, kept in enumerate(snapshot.tensors):
             self._write(index, kept, snapshot.position)
-        self.position = snapshot.position
+        self.position, self.tokens = snapshot.position, list(snapshot.tokens)
+
+    def save(self, path: str | Path, messages: Sequence[Message] = ()) -> None:
+        """Write the session to a file, from which `load` goes on. A file that is there is replaced in one move.
+
+        messages: the conversation so far, for those who show it or go on with it
+        Raises LfmEdgeError where the file cannot be written, or the program keeps some of the state.
+        """
+        self._check_holds_all("save a session")
+        if len(self.tokens) != self.position:  # somebody has set the position, as measurements do
+            raise LfmEdgeError(f"the session is at {self.position} and has taken {len(self.tokens)} tokens")
+        SavedSession(self._known_origin(), self.snapshot(), tuple(messages)).write(Path(path))
+
+    def load(self, path: str | Path) -> list[Message]:
+        """Go on from a file that `save` wrote, in this session's layout; the messages that were saved with it.
+
+        Raises BundleError where the file is damaged, is of another model or KV type, or does not fit the context;
+        LfmEdgeError where the program keeps some of the state. The session is then unchanged.
+        """
+        self._check_holds_all("load a session")
+        saved = SavedSession.read(Path(path))
+        try:
+            saved.origin.check_suits(self._known_origin())
+            snapshot = saved.snapshot.converted(self.spec)
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from None
+        if max(snapshot.tokens, default=0) >= self.vocab_size:
+            raise BundleError(f"{path}: token {max(snapshot.tokens)} is outside the vocabulary of {self.vocab_size}")
+        self.restore(snapshot)
+        return list(saved.messages)
 
     def reset(self) -> None:
         """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
-        for tensor, state in zip(self.held, self.state, strict=True):
+        for index, tensor in enumerate(self.held):
             if tensor.update != APPEND:
-                state.fill_(tensor.initial)
-        self.position = 0
+                self._write(index, tensor.fresh(), 0)
+        self.position, self.tokens = 0, []
 
     def _read(self, index: int, position: int) -> torch.Tensor:
         """A copy of what a session at `position` has of a state tensor."""
-        return self.spec.tensors[index].filled(self.state[index], position).clone()
+        return self.held[index].filled(self.state[index], position).clone()
 
     def _write(self, index: int, kept: torch.Tensor, position: int) -> None:
         """Put that back."""
-        self.spec.tensors[index].filled(self.state[index], position).copy_(kept)
+        self.held[index].filled(self.state[index], position).copy_(kept)
+
+    def _known_origin(self) -> Origin:
+        if self.origin is None:
+            raise LfmEdgeError("only a session of a bundle can be saved or loaded: its manifest tells the model")
+        return self.origin
 
     def _check_holds_all(self, purpose: str) -> None:
         if len(self.held) < len(self.spec.tensors):

@@ -63,6 +63,28 @@ class StateTensor:
         else:
             value.copy_(new)
 
+    def filled_shape(self, position: int) -> tuple[int, ...]:
+        """The shape of that."""
+        return (*self.shape[:self.axis], position, *self.shape[self.axis + 1:]) if self.update == APPEND else self.shape
+
+    def converted(self, value: torch.Tensor, to: StateTensor, position: int) -> torch.Tensor:
+        """What a session at `position` has written, in the layout and the floating-point type of another backend.
+
+        Caches differ in where their positions stand, conv states in which of their two sizes is last. Raises
+        BundleError where more than that is different: 8-bit caches are not made of others, nor others of them.
+        """
+        same = (self.kind, self.update, len(self.shape)) == (to.kind, to.update, len(to.shape))
+        if same and self.update == APPEND:
+            value = value.movedim(self.axis, to.axis)
+        elif same and value.shape != to.shape:
+            value = value.mT  # [1, hidden, taps - 1] <-> [1, taps - 1, hidden]
+        if not same or value.shape != to.filled_shape(position):
+            raise BundleError(f"{to.name} is a {self.kind} of {list(self.shape)} there and a {to.kind} of "
+                              f"{list(to.shape)} here")
+        if self.dtype != to.dtype and not (self.torch_dtype.is_floating_point and to.torch_dtype.is_floating_point):
+            raise BundleError(f"{to.name} is {self.dtype} there and {to.dtype} here")
+        return value.to(to.torch_dtype).contiguous()
+
     @property
     def nbytes(self) -> int:
         """Bytes that this tensor takes."""
@@ -158,9 +180,46 @@ class StateSpec:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> StateSpec:
-        """Read the layout from a manifest. Raises BundleError where it is malformed."""
+        """Read the layout from a manifest or a saved session. Raises ValueError where it is malformed."""
         try:
             tensors = tuple(StateTensor(**{**entry, "shape": tuple(entry["shape"])}) for entry in raw["tensors"])
             return cls(tensors, int(raw["context"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"manifest.json: the state layout is malformed ({error})") from None
+            raise ValueError(f"the state layout is malformed ({error})") from None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a session at one position: copies, independent of the session they came from.
+
+    Of a KV cache only the filled rows are kept.
+
+    tokens: all that the session has taken, `position` of them
+    """
+
+    spec: StateSpec
+    position: int
+    tensors: tuple[torch.Tensor, ...]
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state takes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def converted(self, to: StateSpec) -> Snapshot:
+        """The same for a session of another context, layout or floating-point type.
+
+        Raises BundleError where the context is too small, or the state is of other tensors.
+        """
+        if self.position > to.context:
+            raise BundleError(f"the session is {self.position} tokens long, the context here holds {to.context}")
+        theirs = {tensor.name: (tensor, value) for tensor, value in zip(self.spec.tensors, self.tensors, strict=True)}
+        odd = theirs.keys() ^ {tensor.name for tensor in to.tensors}
+        if odd:
+            raise BundleError(f"only one of the two has a state tensor {min(odd)}: the KV types differ")
+        tensors = []
+        for wanted in to.tensors:
+            tensor, value = theirs[wanted.name]
+            tensors.append(tensor.converted(value, wanted, self.position))
+        return Snapshot(to, self.position, tuple(tensors), self.tokens)

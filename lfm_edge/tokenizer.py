@@ -122,8 +122,8 @@ class TextTokenizer:
         """The text of `ids`."""
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant speaks next.
+    def chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> list[int]:
+        """Token ids of a conversation; with `answer`, up to where the assistant speaks next.
 
         Raises BundleError where there is no chat template, or the template refuses.
         """
@@ -133,7 +133,7 @@ class TextTokenizer:
         tokens = {name: _content(self.config.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")}
         try:
             text = environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=True, tools=None, **tokens)
+                messages=messages, add_generation_prompt=answer, tools=None, **tokens)
         except Exception as error:  # a template is foreign code; it can raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BundleError(f"chat template: {reason}") from None

@@ -121,12 +121,6 @@ class MlxSession(Session):
     def state(self, tensors: list[torch.Tensor]) -> None:
         self.arrays = [from_torch(tensor) for tensor in tensors]
 
-    def reset(self) -> None:
-        """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
-        self.arrays = [array if tensor.update == APPEND else mx.full(array.shape, tensor.initial, array.dtype)
-                        for tensor, array in zip(self.spec.tensors, self.arrays, strict=True)]
-        self.position = 0
-
     def outputs(self, tokens: list[int]) -> list[mx.array]:
         """Logits [1, 1, vocab] and the next state of a step, not computed yet. Raises ValueError for no such step."""
         length = 1 if len(tokens) == 1 else self.chunk

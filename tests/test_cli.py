@@ -85,7 +85,7 @@ def test_export_help_names_every_option_of_the_contract():
     text = without_torch("export", "--help").stdout
 
     for option in ("--target", "--model", "--output", "--context", "--prefill-chunk", "--group-size", "--head-bits",
-                   "--kv-dtype", "--state", "--force"):
+                   "--kv-dtype", "--state", "--bake-prompt", "--force"):
         assert option in text
 
 

@@ -29,6 +29,10 @@ def verification_tables(result: Verification) -> list[Table]:
     greedy = result.greedy
     parity.add_row("greedy answer", str(greedy.tokens), "", "", f"{greedy.exact}, {greedy.ties} tied", "",
                    _verdict(greedy.passed))
+    if result.baked:
+        parity.add_row("baked prompt", str(result.baked.positions), f"{result.baked.logit_error:.1e}",
+                       f"{result.baked.kl_divergence:.1e}", f"{result.baked.top1_agreement:.1%}", "",
+                       _verdict(result.baked_passed))
     parity.add_row("limit", "", f"{result.limits.logit_error:.1e}", f"{result.limits.kl_divergence:.1e}", "", "", "")
     for phase, reason in result.skipped.items():
         parity.add_row(phase, "-", "", "", "", "", f"not run: {reason}")
@@ -105,6 +109,7 @@ def bundle_table(bundle: Bundle) -> Table:
                   f"KV {megabytes(manifest.state.nbytes_of(conv=False))}, "
                   f"conv {megabytes(manifest.state.nbytes_of(conv=True))}"),
         ("step", f"up to {manifest.prefill_chunk} tokens"),
+        *([("baked prompt", f"{manifest.baked_prompt.tokens} tokens")] if manifest.baked_prompt else []),
         *(_lowering_rows(manifest.lowering)),
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         *((f"file {name}", megabytes(entry["bytes"])) for name, entry in manifest.files.items()),

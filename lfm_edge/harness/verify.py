@@ -11,6 +11,7 @@ from lfm_edge.bundle import Bundle, weights_digest
 from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.errors import BundleError, CheckpointError
 from lfm_edge.harness import parity, quality
+from lfm_edge.harness.baked import baked_agreement
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.calibration import read_kv_scales
@@ -48,6 +49,7 @@ class Verification:
     limits: what parity must keep to, from the target's thresholds and the floor
     typical_error, typical_floor: the median error over all positions, of the artifact and of the noise
     skipped: phases that this bundle does not allow, with the reason
+    baked: a session that starts from the baked prompt against one that prefilled it, both of the artifact
     """
 
     target: str
@@ -62,6 +64,7 @@ class Verification:
     quality: quality.Quality
     tasks: list[quality.TaskAccuracy]
     skipped: dict[str, str]
+    baked: parity.Agreement | None = None
 
     @property
     def typical_passed(self) -> bool:
@@ -69,10 +72,16 @@ class Verification:
         return self.typical_error <= self.limits.typical_error
 
     @property
+    def baked_passed(self) -> bool:
+        """Whether the baked prompt, if there is one, is what prefilling it gives."""
+        return self.baked is None or self.baked.within(self.limits)
+
+    @property
     def passed(self) -> bool:
         """Whether everything is within its limits."""
         return (self.weights.passed and all(row.within(self.limits) for row in self.parity) and self.typical_passed
-                and self.greedy.passed and self.quality.passed and all(task.passed for task in self.tasks))
+                and self.greedy.passed and self.baked_passed and self.quality.passed
+                and all(task.passed for task in self.tasks))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -84,6 +93,7 @@ class Verification:
             "noise_floor": [asdict(row) for row in self.floor],
             "greedy": {**asdict(self.greedy), "passed": self.greedy.passed}, "quality": asdict(self.quality),
             "tasks": [asdict(task) for task in self.tasks], "skipped": self.skipped,
+            "baked_prompt": self.baked and {**asdict(self.baked), "passed": self.baked_passed},
         }
 
 
@@ -109,6 +119,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     prompt = text[:max(1, len(text) - GREEDY_TOKENS)][:64]
     answer = parity.greedy_tokens(session, prompt, min(GREEDY_TOKENS, manifest.state.context - len(prompt)))
     our_answers = quality.right_answers(session, bundle, tasks, progress.advance)
+    baked = baked_agreement(session, bundle, tokens) if bundle.baked_prompt else None
     arithmetic, remark = session.arithmetic, session.remark
     del session
 
@@ -146,7 +157,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
         manifest.target, remark, found,
         [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
         parity.typical_error(ours, theirs), typical_floor, parity.judge_greedy(answer, followed, limits), cost,
-        quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped)
+        quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped, baked)
 
 
 def _source(bundle: Bundle, model: str | Path | None) -> Checkpoint:

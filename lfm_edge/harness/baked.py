@@ -1,0 +1,81 @@
+"""A baked prompt: does a session that starts from it go on as one that prefilled it, and what time does it save?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lfm_edge.bundle import Bundle
+from lfm_edge.errors import LfmEdgeError
+from lfm_edge.harness.parity import Agreement, compare
+from lfm_edge.sample import sample_tokens
+from lfm_edge.saved import SavedSession
+from lfm_edge.session import Logits, Session
+
+FOLLOWING = 8  # tokens that are put after the prompt, to see whether its state is right
+
+
+class FirstTokenTimes(NamedTuple):
+    """Seconds from a prompt to the logits of its last token, the system prompt before it.
+
+    with_s: the system prompt's state loaded from the bundle; without_s: the system prompt prefilled
+    """
+
+    with_s: float
+    without_s: float
+
+
+def first_token_times(bundle: Bundle, prompt_tokens: int, threads: int | None = None) -> FirstTokenTimes:
+    """Time to first token of a prompt of `prompt_tokens`, with and without the bundle's baked prompt.
+
+    In this process, on a session that has run already. Raises LfmEdgeError where the bundle has no baked prompt, or
+    its context does not hold both.
+    """
+    system, spec = _baked_tokens(bundle), bundle.manifest.state
+    if len(system) + prompt_tokens > spec.context:
+        raise LfmEdgeError(f"{bundle.directory}: the baked prompt of {len(system)} tokens and {prompt_tokens} more do "
+                           f"not fit its context of {spec.context}")
+    session = bundle.session(threads if bundle.target.takes_threads else None)
+    prompt = sample_tokens(bundle.tokenizer(), session.vocab_size, prompt_tokens)
+
+    def loaded() -> None:
+        session.load(bundle.baked_prompt)
+        session.prefill(prompt)
+
+    def prefilled() -> None:
+        session.reset()
+        session.prefill([*system, *prompt])
+
+    _seconds(prefilled)  # the first step of a runtime takes longer than any other
+    return FirstTokenTimes(_seconds(loaded), _seconds(prefilled))
+
+
+def baked_agreement(session: Session, bundle: Bundle, following: Sequence[int]) -> Agreement:
+    """Hold a session that starts from the baked prompt against itself having prefilled the same tokens.
+
+    following: tokens to put after the prompt; as many as fit the context are
+    """
+    system = _baked_tokens(bundle)
+    rest = list(following)[:min(FOLLOWING, session.spec.context - len(system))]
+
+    def go_on() -> list[Logits]:
+        return [session.decode(token) for token in rest]
+
+    session.load(bundle.baked_prompt)
+    ours = go_on()
+    session.reset()
+    session.prefill(system)
+    return compare("baked prompt", ours, go_on())
+
+
+def _baked_tokens(bundle: Bundle) -> tuple[int, ...]:
+    if bundle.baked_prompt is None:
+        raise LfmEdgeError(f"{bundle.directory}: has no baked prompt; export --bake-prompt puts one in")
+    return SavedSession.read(bundle.baked_prompt).snapshot.tokens
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
