@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from lfm_edge import cli
+from lfm_edge.bundle import Bundle
 from lfm_edge.errors import ContextFull, LfmEdgeError
 from lfm_edge.harness import limit, memory
 from lfm_edge.harness.bench import SCHEMA, Settings, bench
@@ -18,7 +19,7 @@ from lfm_edge.harness.round import FILL, PROMPT, Moment, OverTheLimit, Plan, Poi
 from lfm_edge.harness.stats import Ratio, Spread
 from lfm_edge.session import Session
 from lfm_edge.state import StateSpec, StateTensor
-from tests.helpers import lfm_edge
+from tests.helpers import fill_bundle, lfm_edge
 
 MB = 10**6
 
@@ -117,6 +118,30 @@ def test_over_the_budget_exits_with_1_and_advice(tiny_bundle, made_up, monkeypat
     assert raw["command"].startswith("lfm-edge bench ")
 
 
+@pytest.mark.parametrize(("kind", "events", "text", "files"), [
+    (limit.CGROUP2, "memory.events", "max 7\noom 1\noom_kill {}\n", {"memory.max": "900", "memory.swap.max": "0"}),
+    (limit.CGROUP1, "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n",
+     {"memory.limit_in_bytes": "900", "memory.memsw.limit_in_bytes": "900"})])
+def test_a_control_group_is_given_the_limit_without_swap_and_tells_its_kills(tmp_path, kind, events, text, files):
+    """By the kernel's cgroup-v2.rst and cgroup-v1/memory.rst; the real thing is used where this machine allows it."""
+    assert limit._limited(tmp_path, kind, 900)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+    entered = limit.MemoryLimit(900, kind, str(tmp_path))
+    for kills, hit in ((0, False), (1, True)):
+        (tmp_path / events).write_text(text.format(kills))
+        assert entered.was_hit(returncode=-9) is hit
+    assert not entered.was_hit(returncode=0)
+
+
+def test_a_version_2_group_must_hand_on_its_memory_controller(tmp_path):
+    control = tmp_path / "cgroup.subtree_control"
+    assert not limit._can_hold(tmp_path, limit.CGROUP2)
+    control.write_text("cpu pids\n")
+    assert not limit._can_hold(tmp_path, limit.CGROUP2)
+    control.write_text("cpu memory pids\n")
+    assert limit._can_hold(tmp_path, limit.CGROUP2)
+
+
 def test_where_nothing_would_help_the_line_says_so(tiny_bundle, made_up):
     line, = budget_lines(bench([tiny_bundle], Settings((8,), 2, budget=10 * MB)))
     assert line.endswith("no smaller context, int8 KV cache or 4-bit head would bring it under")
@@ -143,6 +168,16 @@ def test_without_control_groups_the_limit_is_rlimit_data(plan, monkeypatch):
         assert chosen.kind == limit.RLIMIT
     with pytest.raises(OverTheLimit, match="by RLIMIT_DATA at: load"):
         run_round(plan, 10**6)
+
+
+def test_a_bundle_for_another_machine_is_not_measured(tmp_path, made_up, monkeypatch):
+    monkeypatch.setattr("lfm_edge.targets.sys.platform", "linux")
+    fill_bundle(tmp_path, target="mlx-q4")
+    result = bench([Bundle.open(tmp_path)])
+    assert made_up == [] and result.benchmarks == () and result.passed
+    assert result.not_measured[0].reason.endswith("Run this command on a Mac")
+    table, = bench_tables(result)
+    assert table.title == "not measured"
 
 
 @pytest.mark.parametrize(("options", "message"), [

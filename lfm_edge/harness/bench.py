@@ -63,7 +63,7 @@ class Settings:
             if fill <= self.generate_tokens:
                 raise LfmEdgeError(f"--fill {fill}: decoding {self.generate_tokens} tokens ends there, and a step of "
                                    "prefill comes before; give a larger one, or smaller --generate-tokens")
-        return Plan(str(where.resolve()), threads, self.prompt_tokens, self.generate_tokens, fills)
+        return Plan(str(where), threads, self.prompt_tokens, self.generate_tokens, fills)
 
 
 @dataclass(frozen=True)
@@ -266,11 +266,11 @@ class _Run:
         """Load every bundle once, without a limit: what a first load on a machine makes, later ones find."""
         for bundle in {series.bundle.directory: series.bundle for series in self.series}.values():
             self.progress(f"{bundle.directory.name}, loaded once")
-            run_round(Plan(str(bundle.directory.resolve()), None, (1,), 1))
+            run_round(Plan(str(bundle.directory), None, (1,), 1))
 
     def measure(self, number: int) -> None:
         """One round of each series, in turn."""
-        for threads in self.threads:
+        for threads in self.threads if self.series else ():
             self.progress(f"read bandwidth with {threads} threads")
             measured = read_bandwidth(threads, self.host.cache_bytes)
             self.bandwidth[threads] = max(self.bandwidth[threads], measured)
