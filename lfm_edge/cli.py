@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +36,21 @@ Baked = Annotated[bool, typer.Option("--baked-prompt/--no-baked-prompt",
                                      help="Start after the system prompt that the bundle ships, where it has one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. (default: the runtime's own)",
                                              show_default=False)]
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """`128,512` as numbers, each once, in order."""
+    try:
+        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no list of numbers such as 128,512") from None
+    if min(counts) < 1:
+        raise typer.BadParameter(f"{min(counts)} is not at least 1")
+    return counts
+
+
+def _fills(text: str) -> tuple[int, ...] | str:
+    return text if text == "all" else _counts(text)
 
 
 @app.command()
@@ -136,42 +151,53 @@ def verify(
 
 @app.command()
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundle directories; several are measured in turn.",
-                                                  show_default=False)],
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens to prefill.")] = 512,
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle directories; several are measured in turn, and "
+                                                       "compared with the first.", show_default=False)],
+    prompt_tokens: Annotated[Any, typer.Option(parser=_counts, metavar="N,...", help="Tokens to prefill; several "
+                                                                                     "lengths with commas.")] = "512",
     generate_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after them.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. (default: all cores)",
-                                                show_default=False)] = None,
+    fill: Annotated[Any, typer.Option(
+        parser=_fills, metavar="N,...|all", show_default=False,
+        help="Also measure memory and decode with so many positions of the context filled, written without computing "
+             "them. all: 1024,4096,16384,32768 and the whole context, as far as it goes.")] = None,
+    threads: Annotated[Any, typer.Option(parser=_counts, metavar="N,...", show_default=False, help="Threads of the "
+                                         "runtime; several numbers with commas are swept. (default: all cores)")
+                       ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, each in a fresh process.")] = 3,
+    sustained: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="Also decode this long without a pause, "
+                                             "to see it slow down; 0 for not.")] = 0.0,
     budget: Annotated[str, typer.Option(help="What the peak memory above an empty process may reach.")] = "1GB",
+    memory_limit: Annotated[str | None, typer.Option(
+        metavar="SIZE", show_default=False, help="Let the operating system end a round that takes more memory above an "
+                                                 "empty process, such as 900MB.")] = None,
+    project: Annotated[bool, typer.Option("--project", help="Show what phones might decode, projected from their "
+                                                            "published memory bandwidth. (In the JSON always.)")
+                       ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Measure load time, time to first token, tokens per second and memory.
 
-    Exits with 1 where a bundle is over the budget. Bundles for Apple's runtimes are measured on a Mac only.
+    Exits with 1 where a bundle is over the budget or the memory limit. Bundles for Apple's runtimes are measured on a
+    Mac only.
     """
     from lfm_edge.harness.memory import parse_bytes
 
-    limit = parse_bytes(budget)
+    budget_bytes = parse_bytes(budget)
+    limit_bytes = None if memory_limit is None else parse_bytes(memory_limit)
     opened = [_open(path) for path in bundles]
-    from lfm_edge.harness.report import benchmark_table, megabytes, not_measured_table
-    from lfm_edge.harness.speed import NotMeasured
-    from lfm_edge.harness.speed import bench as run
+    from lfm_edge.harness.bench import Settings
+    from lfm_edge.harness.bench import bench as run
+    from lfm_edge.harness.bench_tables import bench_tables, budget_lines
 
-    left_out = [NotMeasured.of(bundle) for bundle in opened if not bundle.target.is_measured_here]
-    measurable = [bundle for bundle in opened if bundle.target.is_measured_here]
+    settings = Settings(prompt_tokens, generate_tokens, None if fill == "all" else fill or (), threads or (), repeat,
+                        sustained, budget_bytes, limit_bytes)
     with _progress() as progress:
-        results = run(measurable, prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, threads=threads,
-                      repeat=repeat, budget=limit, progress=progress.stage)
-    tables = [benchmark_table(results)] if results else []
-    tables += [not_measured_table(left_out)] if left_out else []
-    _render(tables, {"benchmarks": [result.to_dict() for result in results],
-                     "not_measured": [asdict(entry) for entry in left_out]}, json_file)
-    over = [result for result in results if not result.within_budget]
-    for result in over:
-        err.print(f"{result.bundle}: peak memory {megabytes(result.peak_bytes)} is over the budget of "
-                  f"{megabytes(result.budget_bytes)}", soft_wrap=True, highlight=False, markup=False)
-    if over:
+        result = run(opened, settings, progress=progress.stage)
+    _render(bench_tables(result, projections=project), result.to_dict(shlex.join(["lfm-edge", *sys.argv[1:]])),
+            json_file)
+    for line in budget_lines(result):
+        err.print(line, soft_wrap=True, highlight=False, markup=False)
+    if not result.passed:
         raise typer.Exit(1)
 
 

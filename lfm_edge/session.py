@@ -127,6 +127,25 @@ class Session(ABC):
                 self._write(index, tensor.fresh(), 0)
         self.position, self.tokens = 0, []
 
+    def stand_at(self, position: int) -> None:
+        """Go to a position without computing what leads there: to measure there, not to get answers.
+
+        The rows that the cache has are repeated up to it, so that as much of its memory is in use as after as many
+        tokens. Where the program keeps the cache, only the position is set. Raises ContextFull past the context.
+        """
+        if position > self.spec.context:
+            raise ContextFull(f"position {position} is past the context of {self.spec.context}")
+        self._repeat_rows(position)
+        self.position = position
+
+    def _repeat_rows(self, position: int) -> None:
+        for tensor, state in zip(self.held, self.state, strict=True):
+            filled = max(self.position, 1)
+            while tensor.update == APPEND and filled < position:
+                count = min(filled, position - filled)
+                state.narrow(tensor.axis, filled, count).copy_(state.narrow(tensor.axis, 0, count))
+                filled += count
+
     def _read(self, index: int, position: int) -> torch.Tensor:
         """A copy of what a session at `position` has of a state tensor."""
         return self.held[index].filled(self.state[index], position).clone()

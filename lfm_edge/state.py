@@ -6,10 +6,12 @@ the memory, so a session can be snapshotted, restored and saved without asking t
 
 from __future__ import annotations
 
+import mmap
+import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from lfm_edge.config import ModelConfig
@@ -93,10 +95,23 @@ class StateTensor:
     def fresh(self) -> torch.Tensor:
         """The tensor of a session at position 0."""
         if self.initial == 0 and self.nbytes > 0:
-            # numpy asks the system for zeroed pages, which take no memory until they are written: a cache
-            # costs what is filled of it. torch.zeros writes every page.
-            return torch.from_numpy(np.zeros(self.nbytes, np.uint8)).view(self.torch_dtype).view(self.shape)
+            return torch.frombuffer(_zeroed_pages(self.nbytes), dtype=self.torch_dtype).view(self.shape)
         return torch.full(self.shape, self.initial, dtype=self.torch_dtype)
+
+
+def _zeroed_pages(nbytes: int) -> mmap.mmap:
+    """Zeroed pages of the system, which take no memory until they are written: a cache costs what is filled of it.
+
+    torch.zeros writes every page. numpy asks Linux for huge pages of 2 MB, which one row fills: a cache that has its
+    heads first would take most of its memory at the first token.
+    """
+    if sys.platform == "win32":
+        return mmap.mmap(-1, nbytes)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages
 
 
 _AS_THE_REFERENCE = StateLayout()

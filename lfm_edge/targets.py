@@ -51,6 +51,25 @@ class StateLayout:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What a runtime holds in memory, as far as the size of the artifact does not tell.
+
+    runtime_bytes: its own code and heap, seen with a model that takes next to nothing, on x86-64
+    scale_bytes: of a group of quantized columns, in the file, with all that goes with the scale
+    packed_bytes: what packing adds to each group
+    tied_in_file, tied_in_memory: how often a table that is embedding and head is there
+    whole_cache: whether a session takes the memory of the whole context at once, not as it is filled
+    """
+
+    runtime_bytes: int = 0
+    scale_bytes: int = 2
+    packed_bytes: int = 0
+    tied_in_file: int = 1
+    tied_in_memory: int = 1
+    whole_cache: bool = False
+
+
+@dataclass(frozen=True)
 class Target:
     """One row of the table.
 
@@ -59,6 +78,7 @@ class Target:
     requires: packages that must be importable for it, the runtime first
     compute_dtypes: in what the program may compute, the default first
     kv_dtypes: of caches, the default first; a floating-point one must be the one that the program computes in
+    footprint: what its runtime holds in memory
     two_level: whether 4-bit scales are multiples of one for each row (see `quantization.recipe.Scheme`)
     calibrated: whether activations have constant scales, which are measured on prompts
     compiled: whether it is compiled for chips that the user names
@@ -80,6 +100,7 @@ class Target:
     runs_on: str
     weights: str
     thresholds: Thresholds
+    footprint: Footprint = Footprint()
     measured_on: tuple[str, ...] = ("linux", "darwin")
     takes_threads: bool = True
     two_level: bool = False
@@ -137,7 +158,7 @@ _EXECUTORCH = {
     "exporter_name": "executorch", "runtime_name": "executorch", "requires": ("executorch",),
     "activations": "int8 rows", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
     "state_layout": StateLayout(), "state_modes": ("explicit", "internal"), "artifact": "model.pte",
-    "runs_on": "Android, iOS, Linux (XNNPACK)",
+    "runs_on": "Android, iOS, Linux (XNNPACK)", "footprint": Footprint(8_000_000, tied_in_file=2, tied_in_memory=2),
 }
 
 # The reference rounds activations block by block, as MLAS does on x86-64, and what is said above holds here too:
@@ -150,6 +171,8 @@ _ONNX = {
     "activations": "int8 blocks", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
     "state_layout": StateLayout(kv_heads_first=True), "state_modes": ("explicit",),
     "runs_on": "any CPU (ONNX Runtime), browsers",
+    # MLAS on x86-64 adds a float32 sum to the float32 scale of each group (docs/onnx.md).
+    "footprint": Footprint(17_000_000, scale_bytes=4, packed_bytes=4, tied_in_memory=2),
 }
 
 # Activations are not rounded to 8 bits here, so nothing tips: in float32 the error is that of sums in another order,
@@ -164,7 +187,7 @@ _APPLE = {
 _MLX = {
     "exporter_name": "mlx", "runtime_name": "mlx", "requires": ("mlx",), "compute_dtypes": ("bfloat16", "float32"),
     "kv_dtypes": ("bfloat16", "float32"), "state_modes": ("explicit",), "artifact": "model.safetensors",
-    "runs_on": "Apple silicon (MLX)",
+    "runs_on": "Apple silicon (MLX)", "footprint": Footprint(scale_bytes=4, whole_cache=True),
 }
 
 _COREML = {

@@ -145,6 +145,9 @@ class MlxSession(Session):
         else:
             self.arrays[index] = value
 
+    def _repeat_rows(self, position: int) -> None:
+        """Nothing: `state` is a copy, and MLX's own arrays are in memory as a whole from the beginning."""
+
     def _read(self, index: int, position: int) -> torch.Tensor:
         return to_torch(self.arrays[index][_rows(self.spec.tensors[index], 0, position)])
 

@@ -7,7 +7,8 @@ import torch
 from lfm_edge.checkpoint import open_checkpoint
 from lfm_edge.errors import ContextFull, LfmEdgeError
 from lfm_edge.generation import generate, sample
-from lfm_edge.state import StateSpec
+from lfm_edge.harness.memory import read_memory
+from lfm_edge.state import StateSpec, StateTensor
 from runtimes.reference import ReferenceSession, float_weights
 from tests.helpers import save_checkpoint
 
@@ -139,3 +140,13 @@ def test_sampling_is_seeded_and_follows_the_temperature():
     assert draws(1.0, 1) == draws(1.0, 1)
     assert set(draws(0.0, 1)) == {2}
     assert draws(0.1, 1).count(2) > draws(1.0, 1).count(2) > draws(10.0, 1).count(2)
+
+
+def test_a_fresh_cache_takes_memory_for_the_rows_that_are_written():
+    """Also with heads first, where each head's rows are far from the others'."""
+    cache = StateTensor("key", 0, "key", (1, 32, 8192, 64), "float32", "append", axis=2)  # 67 MB
+    before = read_memory()
+    value = cache.fresh()
+    assert not value[:, :, :100].any()
+    value[:, :, :100] = 1.0  # 0.8 MB
+    assert read_memory().above(before).anonymous < 3_000_000

@@ -1,13 +1,10 @@
-"""Results as tables for a terminal."""
+"""Results as tables for a terminal; those of `bench` are in `bench_tables`."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from rich.table import Table
 
 from lfm_edge.bundle import Bundle
-from lfm_edge.harness.speed import Benchmark, NotMeasured, Spread
 from lfm_edge.harness.verify import Verification
 
 
@@ -54,42 +51,6 @@ def verification_tables(result: Verification) -> list[Table]:
     return tables
 
 
-def benchmark_table(results: list[Benchmark]) -> Table:
-    """What `bench` shows, a column a bundle: medians, with the range of the rounds in brackets."""
-    first = results[0]
-    title = f"{first.threads} threads, {first.prompt_tokens} prompt and {first.generate_tokens} generated tokens"
-    table = Table("", *(f"{result.bundle}\n({result.target})" for result in results), title=title, title_justify="left")
-    rows: list[tuple[str, Callable[[Benchmark], str]]] = [
-        ("load", lambda r: _spread(r.load_s, 2, "s")),
-        ("first token, cold", lambda r: _spread(r.first_token_s, 2, "s")),
-        ("prefill", lambda r: _spread(r.prefill_tps, 1, "tok/s")),
-        ("decode", lambda r: _spread(r.decode_tps, 1, "tok/s")),
-        ("artifact", lambda r: megabytes(r.artifact_bytes)),
-        ("state, of it in memory what is filled", lambda r: megabytes(r.state_bytes)),
-        ("peak memory above an empty process", lambda r: megabytes(r.peak_bytes)),
-        ("  anonymous, at the end", lambda r: megabytes(r.anonymous_bytes)),
-        ("  file-backed, at the end", lambda r: megabytes(r.file_backed_bytes)),
-        (f"budget {megabytes(first.budget_bytes)}", _budget),
-    ]
-    for name, value in rows:
-        table.add_row(name, *(value(result) for result in results))
-    return table
-
-
-def not_measured_table(left_out: list[NotMeasured]) -> Table:
-    """What `bench` shows of bundles that it cannot measure here."""
-    table = Table("bundle", "artifact", "state", "", title="not measured", title_justify="left")
-    for entry in left_out:
-        table.add_row(f"{entry.bundle}\n({entry.target})", megabytes(entry.artifact_bytes),
-                      megabytes(entry.state_bytes), entry.reason)
-    return table
-
-
-def _budget(result: Benchmark) -> str:
-    over = result.peak_bytes - result.budget_bytes
-    return "[green]within[/]" if over <= 0 else f"[red]over[/] by {megabytes(over)}"
-
-
 def bundle_table(bundle: Bundle) -> Table:
     """What `inspect` shows."""
     manifest, config = bundle.manifest, bundle.manifest.config
@@ -128,10 +89,6 @@ def _lowering_rows(lowering: dict) -> list[tuple[str, str]]:
 def _scheme(entry: dict) -> str:
     group = entry["group_size"]
     return f"int{entry['bits']} " + ("per channel" if group == "channel" else f"in groups of {group}")
-
-
-def _spread(spread: Spread, digits: int, unit: str) -> str:
-    return f"{spread.median:,.{digits}f} {unit} ({spread.low:,.{digits}f} to {spread.high:,.{digits}f})"
 
 
 def _verdict(passed: bool) -> str:

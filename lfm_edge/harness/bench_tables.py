@@ -1,0 +1,174 @@
+"""What `bench` shows on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.table import Table
+
+from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut, PointResult
+from lfm_edge.harness.limit import COUNTS
+from lfm_edge.harness.report import megabytes
+from lfm_edge.harness.round import PROMPT
+from lfm_edge.harness.stats import Spread
+
+_PARTS = {"weights": "weights", "embedding": "embedding table", "kv_cache": "KV cache", "conv_state": "conv state",
+          "activations": "activations, estimated", "runtime": "the runtime's own"}
+
+
+def bench_tables(result: BenchResult, *, projections: bool = False) -> list[Table]:
+    """Speed, memory, comparisons, projections where asked for, and what has no figures."""
+    tables = [_speed(result), _memory(result)] if result.benchmarks else []
+    if result.comparisons:
+        tables.append(_comparisons(result))
+    if projections and result.benchmarks:
+        tables.append(_projections(result))
+    for entries, title in ((result.not_measured, "not measured"), (result.over_limit, "ended by the memory limit")):
+        if entries:
+            tables.append(_left_out(entries, title))
+    return tables
+
+
+def budget_lines(result: BenchResult) -> list[str]:
+    """One line for each bundle that is over its limit or the budget: by how much, of what, and what would help."""
+    lines = [entry.reason for entry in result.over_limit]
+    for bench in (bench for bench in result.benchmarks if not bench.within_budget):
+        parts = bench.predicted.parts
+        largest = bench.predicted.largest
+        help_ = " or ".join(bench.remedies)
+        advice = f"an export with {help_} would bring it under" if help_ else \
+            "no smaller context, int8 KV cache or 4-bit head would bring it under"
+        lines.append(f"{bench.bundle}: peak memory {megabytes(bench.peak_bytes)} is over the budget of "
+                     f"{megabytes(bench.budget_bytes)}; most of it: {_PARTS[largest]}, {megabytes(parts[largest])} of "
+                     f"{megabytes(bench.predicted.total)} predicted; {advice}")
+    return list(dict.fromkeys(lines))
+
+
+def _speed(result: BenchResult) -> Table:
+    """A column for each bundle and number of threads: medians, with the range of the rounds in brackets."""
+    settings = result.settings
+    table = _columns(result, f"speed: {settings.generate_tokens} generated tokens, {settings.repeat} rounds, "
+                             "each in a fresh process")
+    _add(table, result, "load", lambda r: _spread(r.load_s, 2, "s"))
+    _add(table, result, f"first token of {settings.prompt_tokens[0]}, cold", lambda r: _spread(r.first_token_s, 2, "s"))
+    keys = dict.fromkeys((point.kind, point.tokens) for bench in result.benchmarks for point in bench.points)
+    for kind, tokens in keys:
+        at = f"after {tokens:,}" if kind == PROMPT else f"at {tokens:,} filled"
+        if kind == PROMPT:
+            _add_point(table, result, (kind, tokens), f"first token of {tokens:,}, warm",
+                       lambda p: _spread(p.prefill_s, 2, "s"))
+        _add_point(table, result, (kind, tokens), f"prefill {'of' if kind == PROMPT else 'at'} {tokens:,}",
+                   lambda p: _spread(p.prefill_tps, 1, "tok/s"))
+        _add_point(table, result, (kind, tokens), f"decode {at}", lambda p: _spread(p.decode_tps, 1, "tok/s"))
+        _add_point(table, result, (kind, tokens), "  of this machine's limit", _of_the_limit)
+    if result.settings.sustained_s:
+        _add(table, result, f"decode over {result.settings.sustained_s:g} s, first and last tenth", _sustained)
+    rates = ", ".join(f"{value / 1e9:.1f} GB/s with {_threads(threads)}"
+                      for threads, value in result.read_bandwidth.items())
+    table.caption, table.caption_justify = f"read bandwidth of this machine: {rates}; {result.host.cpu}", "left"
+    return table
+
+
+def _memory(result: BenchResult) -> Table:
+    """Anonymous and file-backed memory over time, the prediction by part, and the budget."""
+    table = _columns(result, "memory above an empty process: anonymous + file-backed, medians")
+    keys = dict.fromkeys((moment.after, moment.tokens) for bench in result.benchmarks for moment in bench.moments)
+    for after, tokens in keys:
+        name = f"after {after}" + (f", {tokens:,} filled" if tokens else "")
+        _add(table, result, name, lambda r, key=(after, tokens): next(
+            (f"{megabytes(m.memory.anonymous)} + {megabytes(m.memory.file_backed)}" for m in r.moments
+             if (m.after, m.tokens) == key), ""))
+    _add(table, result, "peak", lambda r: megabytes(r.peak_bytes))
+    for part, name in _PARTS.items():
+        _add(table, result, f"  predicted: {name}", lambda r, part=part: megabytes(r.predicted.parts[part]))
+    _add(table, result, "predicted", _against_prediction)
+    _add(table, result, "predicted at the full context", lambda r: f"{megabytes(r.at_full_context.total)} "
+                                                                   f"({r.at_full_context.filled:,} filled)")
+    _add(table, result, "artifact", lambda r: megabytes(r.artifact_bytes))
+    _add(table, result, f"budget {megabytes(result.settings.budget)}", _budget)
+    if result.limit_kind:
+        table.caption_justify = "left"
+        table.caption = (f"under a hard limit of {megabytes(result.settings.memory_limit)} by {result.limit_kind}: "
+                         f"{COUNTS[result.limit_kind]}")
+    return table
+
+
+def _comparisons(result: BenchResult) -> Table:
+    table = Table("", "threads", "", "ratio of medians", "95 % confidence", title="compared, rounds paired",
+                  title_justify="left")
+    for entry in result.comparisons:
+        ratio = entry.ratio
+        sure = "needs more than one round" if ratio.low is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
+        table.add_row(f"{entry.bundle}\nover {entry.over}", str(entry.threads or "its own"),
+                      f"{entry.what}, {entry.kind} {entry.tokens:,}", f"{ratio.ratio:.2f}", sure)
+    return table
+
+
+def _projections(result: BenchResult) -> Table:
+    """Projections of the first point, a row a phone."""
+    table = _columns(result, "PROJECTION, not measured: decode, if the phone reached the same share of its published "
+                             "memory bandwidth as this machine")
+    first = [bench.points[0].projections for bench in result.benchmarks]
+    if not any(first):
+        table.add_row("none: the model fits this machine's cache")
+    for device in dict.fromkeys((p.device, p.chip, p.bandwidth) for projected in first for p in projected):
+        table.add_row(f"{device[0]} ({device[1]}, {device[2] / 1e9:.1f} GB/s)", *(
+            next((f"{p.decode_tps:.0f} tok/s" for p in projected if p.device == device[0]), "") for projected in first))
+    return table
+
+
+def _left_out(entries: tuple[LeftOut, ...], title: str) -> Table:
+    table = Table("bundle", "artifact", "state", "", title=title, title_justify="left")
+    for entry in entries:
+        table.add_row(f"{entry.bundle}\n({entry.target})", megabytes(entry.artifact_bytes),
+                      megabytes(entry.state_bytes), entry.reason)
+    return table
+
+
+def _columns(result: BenchResult, title: str) -> Table:
+    heads = (f"{bench.bundle}\n({bench.target}, {_threads(bench.threads)})" for bench in result.benchmarks)
+    return Table("", *heads, title=title, title_justify="left")
+
+
+def _add(table: Table, result: BenchResult, name: str, value: Callable[[Benchmark], str]) -> None:
+    table.add_row(name, *map(value, result.benchmarks))
+
+
+def _add_point(table: Table, result: BenchResult, key: tuple[str, int], name: str,
+               value: Callable[[PointResult], str]) -> None:
+    """A row of one point; empty for bundles that have it not."""
+    _add(table, result, name, lambda r: next((value(p) for p in r.points if (p.kind, p.tokens) == key), ""))
+
+
+def _threads(count: int | None) -> str:
+    return "threads its own choice" if count is None else f"{count} thread{'s' * (count > 1)}"
+
+
+def _of_the_limit(point: PointResult) -> str:
+    if point.fits_cache:
+        return "-: the model fits its cache"
+    return f"{point.efficiency:.0%} of {point.limit_tps:,.0f} tok/s ({megabytes(point.step_bytes)} a token)"
+
+
+def _sustained(bench: Benchmark) -> str:
+    first, last = bench.sustained_tps[0], bench.sustained_tps[-1]
+    return f"{first:,.1f} then {last:,.1f} tok/s ({last / first - 1:+.0%})"
+
+
+def _against_prediction(bench: Benchmark) -> str:
+    predicted = bench.predicted.total
+    return (f"predicted {megabytes(predicted)}, measured {megabytes(bench.peak_bytes)} "
+            f"({bench.peak_bytes / predicted - 1:+.0%})")
+
+
+def _budget(bench: Benchmark) -> str:
+    over = bench.peak_bytes - bench.budget_bytes
+    if over > 0:
+        return f"[red]over[/] by {megabytes(over)}"
+    if bench.at_full_context.total > bench.budget_bytes:
+        return "[green]within[/], but [yellow]predicted over[/] at the full context"
+    return "[green]within[/]"
+
+
+def _spread(spread: Spread, digits: int, unit: str) -> str:
+    return f"{spread.median:,.{digits}f} {unit} ({spread.low:,.{digits}f} to {spread.high:,.{digits}f})"

@@ -1,0 +1,143 @@
+"""Memory by part, predicted from the manifest alone, and what would bring a bundle under a budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, fields
+
+from lfm_edge.bundle import Manifest
+from lfm_edge.quantization.recipe import EMBEDDING, HEAD, Scheme, recipe
+from lfm_edge.state import StateSpec
+from lfm_edge.targets import Footprint, target_named
+
+_FLOAT_BYTES = 4
+_CONTEXT_STEP = 64  # a smaller context is suggested in multiples of it
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of memory above an empty process of the runtime, with `filled` positions of the context filled.
+
+    weights: as the runtime keeps them; embedding: the table, of which the file's pages come in as tokens ask for them
+    activations: of one full step of prefill, an estimate; runtime: its own code and heap
+    """
+
+    filled: int
+    weights: int
+    embedding: int
+    kv_cache: int
+    conv_state: int
+    activations: int
+    runtime: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by the name of the part."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "filled"}
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def largest(self) -> str:
+        """The name of the largest part."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+
+def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
+    """What a session at `filled` positions takes."""
+    config, footprint = manifest.config, target_named(manifest.target).footprint
+    table = stored_bytes((config.vocab_size, config.hidden_size), manifest.recipe.head, footprint)
+    copies = footprint.tied_in_memory - footprint.tied_in_file if config.tie_embedding else 0
+    packed = sum(footprint.packed_bytes * _groups(shape, scheme)
+                 for name, shape in config.weight_shapes().items()
+                 if name != EMBEDDING and (scheme := manifest.recipe.scheme(name, shape)))
+    return Prediction(
+        filled=filled, weights=artifact_bytes - table + copies * table + packed, embedding=table,
+        kv_cache=round(_cache_rows(manifest, filled) * _row_bytes(manifest.state)),
+        conv_state=manifest.state.nbytes_of(conv=True), activations=_activations(manifest),
+        runtime=footprint.runtime_bytes)
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme, footprint: Footprint) -> int:
+    """Bytes of a quantized weight in the file. A scale for a whole row is a float32 everywhere."""
+    scale = _FLOAT_BYTES if scheme.group_size is None else footprint.scale_bytes
+    return math.prod(shape) * scheme.bits // 8 + scale * _groups(shape, scheme)
+
+
+def _groups(shape: tuple[int, ...], scheme: Scheme) -> int:
+    """How many scales a weight has."""
+    return math.prod(shape) // (scheme.group_size or shape[-1])
+
+
+def _row_bytes(state: StateSpec) -> float:
+    """Bytes of the KV cache for each position."""
+    return state.nbytes_of(conv=False) / state.context
+
+
+def _cache_rows(manifest: Manifest, filled: int) -> int:
+    whole = manifest.state_mode == "internal" or target_named(manifest.target).footprint.whole_cache
+    return manifest.state.context if whole else min(filled, manifest.state.context)
+
+
+def _activations(manifest: Manifest) -> int:
+    """What is alive at once in the widest place: both halves of the feed-forward, or conv's three parts, and residuals.
+
+    Counted in float32, as the kernels' own buffers are; with the logits of one token.
+    """
+    config = manifest.config
+    row = 2 * config.intermediate_size + 5 * config.hidden_size
+    return _FLOAT_BYTES * (manifest.prefill_chunk * row + config.vocab_size)
+
+
+def remedies(manifest: Manifest, filled: int, excess: int) -> list[str]:
+    """Options of `export` that would save `excess` bytes at `filled` positions, the fewest that suffice.
+
+    Each entry is one way; no entry: none would. Only options that the target takes and that the bundle has not yet.
+    """
+    savings = _savings(manifest, filled)
+    rows = _cache_rows(manifest, filled)
+    ways: list[tuple[str, ...]] = []
+    for chosen in (way for count in range(len(savings) + 1) for way in itertools.combinations(savings, count)):
+        left = excess - sum(savings[option] for option in chosen)
+        if left > 0:
+            state = _with_int8_cache(manifest) if _INT8_CACHE in chosen else manifest.state
+            context = _context_that_saves(left, rows, _row_bytes(state))
+            ways += [(*chosen, f"--context {context}")] if context else []
+        else:
+            ways.append(chosen)
+    fewest = min(map(len, ways), default=0)
+    return [" ".join(way) for way in ways if len(way) == fewest]
+
+
+_INT8_CACHE, _INT4_HEAD = "--kv-dtype int8", "--head-bits 4"
+
+
+def _savings(manifest: Manifest, filled: int) -> dict[str, float]:
+    """Bytes that each option saves."""
+    config, target, bits = manifest.config, target_named(manifest.target), manifest.recipe
+    found: dict[str, float] = {}
+    saved_row = _row_bytes(manifest.state) - _row_bytes(_with_int8_cache(manifest))
+    if "int8" in target.kv_dtypes and saved_row > 0:
+        found[_INT8_CACHE] = saved_row * _cache_rows(manifest, filled)
+    if bits.head.bits > 4:
+        shape = (config.vocab_size, config.hidden_size)
+        narrow = recipe(bits.body.bits, bits.body.group_size or 32, 4, bits.activations).head
+        copies = target.footprint.tied_in_memory if config.tie_embedding else len((EMBEDDING, HEAD))
+        found[_INT4_HEAD] = copies * (stored_bytes(shape, bits.head, target.footprint)
+                                      - stored_bytes(shape, narrow, target.footprint))
+    return found
+
+
+def _with_int8_cache(manifest: Manifest) -> StateSpec:
+    return StateSpec.of(manifest.config, manifest.state.context, "int8", target_named(manifest.target).state_layout)
+
+
+def _context_that_saves(excess: float, rows: int, row_bytes: float) -> int:
+    """The largest context, a multiple of 64, whose cache takes `excess` bytes less than `rows` rows; 0 for none."""
+    if not row_bytes:
+        return 0
+    return max(int((rows - excess / row_bytes) // _CONTEXT_STEP * _CONTEXT_STEP), 0)

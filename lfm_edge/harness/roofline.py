@@ -1,0 +1,68 @@
+"""How fast decode could be: a step reads every weight once, so memory bandwidth sets its limit.
+
+Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009); at one token a step the
+arithmetic is far below what a processor can do, and the slope of the roof is all that counts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from lfm_edge.bundle import Manifest
+from lfm_edge.harness.predict import stored_bytes
+from lfm_edge.quantization.recipe import EMBEDDING
+from lfm_edge.targets import target_named
+
+_SMALLEST_BUFFER = 2**28
+_CACHES = 8  # how many times the last cache the buffer is
+_PASSES = 4
+_COLUMNS = 4096
+
+
+def read_bandwidth(threads: int, cache_bytes: int = 0) -> float:
+    """Bytes per second that this machine reads from memory: the best of several passes, read in three ways.
+
+    cache_bytes: of the last cache; the buffer is far larger
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        count = max(_SMALLEST_BUFFER, _CACHES * cache_bytes) // 4 // _COLUMNS * _COLUMNS
+        floats = torch.ones(count)
+        integers, matrix, vector = floats.view(torch.int64), floats.view(-1, _COLUMNS), torch.ones(_COLUMNS)
+        ways: tuple[Callable[[], torch.Tensor], ...] = (floats.sum, integers.sum, lambda: matrix @ vector)
+        return floats.nbytes / min(_seconds(way) for way in ways for _ in range(_PASSES))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(work: Callable[[], torch.Tensor]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def step_bytes(manifest: Manifest, filled: float) -> int:
+    """Bytes that one decode step must read, with `filled` positions before it.
+
+    Every weight, as the target's runtime has it packed, but of an embedding table that is not the head as well one row
+    only; the filled part of the KV cache; the conv state.
+    """
+    config, footprint = manifest.config, target_named(manifest.target).footprint
+    width = getattr(torch, manifest.compute_dtype).itemsize
+    total = 0.0
+    for name, shape in config.weight_shapes().items():
+        scheme = manifest.recipe.scheme(name, shape)
+        if scheme is None:
+            total += math.prod(shape) * width
+        elif name != EMBEDDING or config.tie_embedding:
+            groups = math.prod(shape) // (scheme.group_size or shape[-1])
+            total += stored_bytes(shape, scheme, footprint) + footprint.packed_bytes * groups
+    if not config.tie_embedding:
+        total += config.hidden_size * manifest.recipe.head.bits / 8
+    cache = manifest.state.nbytes_of(conv=False) * filled / manifest.state.context
+    return round(total + cache + manifest.state.nbytes_of(conv=True))

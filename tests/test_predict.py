@@ -1,0 +1,99 @@
+"""Memory by part from the manifest, what would bring a bundle under a budget, and the bytes of a step."""
+
+from dataclasses import replace
+
+import pytest
+
+from lfm_edge.bundle import Manifest
+from lfm_edge.config import ModelConfig
+from lfm_edge.harness.predict import predict, remedies, stored_bytes
+from lfm_edge.harness.roofline import step_bytes
+from lfm_edge.presets import PRESETS
+from lfm_edge.quantization.recipe import Scheme, recipe
+from lfm_edge.state import StateSpec
+from lfm_edge.targets import Footprint, target_named
+
+MB = 10**6
+CONFIG = ModelConfig.from_dict(PRESETS["lfm2.5-1.2b"][0])
+
+
+def manifest(target="android-q4", context=4096, kv_dtype="float32", head_bits=8, **changes):
+    """Of a bundle of lfm2.5-1.2b, without its files."""
+    row = target_named(target)
+    made = Manifest(target, row.artifact, row.compute_dtypes[0], "explicit", 128, CONFIG,
+                    recipe(row.bits, 32, head_bits, row.activations),
+                    StateSpec.of(CONFIG, context, kv_dtype, row.state_layout), {}, "a test", "0" * 64, "none", "0" * 64,
+                    {})
+    return replace(made, **changes)
+
+
+@pytest.mark.parametrize(("target", "artifact", "filled", "measured"), [
+    ("android-q4", 854.5, 576, 867), ("android-q8", 1309.4, 576, 1322)])
+def test_predictions_are_near_what_was_measured(target, artifact, filled, measured):
+    """Artifact and measured peak are the README's, at 1.2B; both in MB."""
+    predicted = predict(manifest(target), round(artifact * MB), filled).total / MB
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_parts_are_counted_from_the_manifest():
+    found = predict(manifest(), 850 * MB, 1000)
+    assert found.kv_cache == 1000 * 6 * 2 * 8 * 64 * 4  # attention layers, keys and values, heads, width, float32
+    assert found.conv_state == 10 * 2 * 2048 * 4
+    assert found.embedding == 65536 * 2048 + 65536 * 4
+    assert found.weights + found.embedding == 850 * MB
+    assert found.largest == "weights"
+    assert found.total == sum(found.parts.values())
+
+
+def test_a_packed_head_and_packed_groups_count_where_the_runtime_makes_them():
+    found = predict(manifest("onnx-q4"), 788 * MB, 0)
+    table = 65536 * 2048 + 65536 * 4
+    body = 1_170_340_608 - 65536 * 2048
+    assert found.weights == pytest.approx(788 * MB + body / 32 * 4, rel=1e-3)
+    assert found.embedding == table
+
+
+def test_a_program_that_keeps_its_cache_takes_the_whole_context():
+    whole = predict(manifest(state_mode="internal"), 850 * MB, 10)
+    assert whole.kv_cache == manifest().state.nbytes_of(conv=False)
+    assert predict(manifest(), 850 * MB, 10).kv_cache < whole.kv_cache
+
+
+def test_every_single_remedy_that_suffices_is_named():
+    assert remedies(manifest(), 4096, 50 * MB) == ["--context 2048", "--kv-dtype int8", "--head-bits 4"]
+
+
+def test_a_remedy_that_does_not_suffice_is_not_named():
+    assert remedies(manifest(), 4096, 90 * MB) == ["--context 384", "--head-bits 4"]  # an int8 cache saves 73 MB
+    assert remedies(manifest(), 576, 100 * MB) == ["--head-bits 4"]  # 576 positions have 14 MB
+
+
+def test_remedies_are_combined_where_none_suffices():
+    assert remedies(manifest(), 4096, 190 * MB) == ["--head-bits 4 --context 1152", "--kv-dtype int8 --head-bits 4"]
+
+
+def test_nothing_is_suggested_where_nothing_suffices():
+    assert remedies(manifest(), 4096, 700 * MB) == []
+
+
+def test_what_the_bundle_has_or_the_target_does_not_take_is_not_suggested():
+    assert remedies(manifest(kv_dtype="int8", head_bits=4), 4096, 10 * MB) == ["--context 2560"]
+    assert remedies(manifest("mlx-q4", compute_dtype="float32"), 4096, 10 * MB) == ["--context 3648", "--head-bits 4"]
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [(Scheme(4, 32), 4 * 64 // 2 + 2 * 4 * 2),
+                                                  (Scheme(8, None), 4 * 64 + 4 * 4)])
+def test_stored_bytes_count_integers_and_scales(scheme, expected):
+    assert stored_bytes((4, 64), scheme, Footprint(scale_bytes=2)) == expected
+
+
+def test_a_step_reads_each_weight_once_and_the_filled_cache():
+    empty = step_bytes(manifest(), 0)
+    body, table = (1_170_340_608 - 65536 * 2048) * (4 + 16 / 32) / 8, 65536 * 2048
+    assert empty == pytest.approx(body + table, rel=2e-3)
+    assert step_bytes(manifest(), 1000) - empty == 1000 * 6 * 2 * 8 * 64 * 4
+
+
+def test_of_an_untied_embedding_a_step_reads_one_row():
+    untied = manifest(config=replace(CONFIG, tie_embedding=False))
+    assert step_bytes(untied, 0) - step_bytes(manifest(), 0) == 2048
