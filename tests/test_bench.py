@@ -175,7 +175,7 @@ def test_a_bundle_for_another_machine_is_not_measured(tmp_path, made_up, monkeyp
     fill_bundle(tmp_path, target="mlx-q4")
     result = bench([Bundle.open(tmp_path)])
     assert made_up == [] and result.benchmarks == () and result.passed
-    assert result.not_measured[0].reason.endswith("Run this command on a Mac")
+    assert result.not_measured[0].reason.endswith("Run this command there")
     table, = bench_tables(result)
     assert table.title == "not measured"
 

@@ -24,6 +24,7 @@ class Agreement:
     """How close two runs of one phase are.
 
     logit_error: largest |a - r| over all positions, in standard deviations of the reference's logits
+    cosine: smallest cosine between the logits of one position
     kl_divergence: largest KL(reference || artifact) of one position, in nats
     top1_agreement: share of positions whose best token is the same
     """
@@ -31,6 +32,7 @@ class Agreement:
     phase: str
     positions: int
     logit_error: float
+    cosine: float
     kl_divergence: float
     top1_agreement: float
 
@@ -96,16 +98,22 @@ def compare(phase: str, artifact: Steps, reference: Steps) -> Agreement:
     """Hold the logits of one phase against the reference's."""
     ours, theirs = np.stack(artifact), np.stack(reference)  # [positions, vocab]
     if not np.isfinite(ours).all():
-        return Agreement(phase, len(ours), float("inf"), float("inf"), 0.0)
+        return Agreement(phase, len(ours), float("inf"), 0.0, float("inf"), 0.0)
     error = float(_errors(ours, theirs).max())
     divergence = float(max(kl_divergence(theirs, ours).max(), 0.0))
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
-    return Agreement(phase, len(ours), error, divergence, agreement)
+    return Agreement(phase, len(ours), error, float(_cosines(ours, theirs).min()), divergence, agreement)
 
 
 def _errors(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Largest |a - r| of each position, in standard deviations. Both: [positions, vocab]"""
     return np.abs(ours - theirs).max(-1) / theirs.std(-1)
+
+
+def _cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """The cosine of each position. Both: [positions, vocab]"""
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    return (ours * theirs).sum(-1) / (np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1))
 
 
 def typical_error(artifact: dict[str, Steps], reference: dict[str, Steps]) -> float:
@@ -117,7 +125,8 @@ def typical_error(artifact: dict[str, Steps], reference: dict[str, Steps]) -> fl
 def worst(draws: Sequence[Agreement]) -> Agreement:
     """The largest errors of several comparisons of one phase."""
     return Agreement(draws[0].phase, draws[0].positions, max(row.logit_error for row in draws),
-                     max(row.kl_divergence for row in draws), min(row.top1_agreement for row in draws))
+                     min(row.cosine for row in draws), max(row.kl_divergence for row in draws),
+                     min(row.top1_agreement for row in draws))
 
 
 def full_prefill(session: Session, tokens: Sequence[int]) -> Steps:

@@ -15,26 +15,28 @@ def megabytes(count: int) -> str:
 
 def verification_tables(result: Verification) -> list[Table]:
     """What `verify` shows."""
-    parity = Table("phase", "positions", "logit error", "KL (nats)", "top-1", "noise floor", "", title_justify="left",
-                   title=f"{result.target}: artifact against the quantized reference",
+    parity = Table("phase", "positions", "logit error", "cosine", "KL (nats)", "top-1", "noise floor", "",
+                   title_justify="left", title=f"{result.target}: artifact against the quantized reference",
                    caption=result.remark or None, caption_justify="left")
     for row, floor in zip(result.parity, result.floor, strict=True):
-        parity.add_row(row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{row.kl_divergence:.1e}",
+        parity.add_row(row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{row.cosine:.6f}",
+                       f"{row.kl_divergence:.1e}",
                        f"{row.top1_agreement:.1%}", f"{floor.logit_error:.1e}", _verdict(row.within(result.limits)))
-    parity.add_row("median of all", "", f"{result.typical_error:.1e}", "", "", f"{result.typical_floor:.1e}",
+    parity.add_row("median of all", "", f"{result.typical_error:.1e}", "", "", "", f"{result.typical_floor:.1e}",
                    _verdict(result.typical_passed))
     greedy = result.greedy
-    parity.add_row("greedy answer", str(greedy.tokens), "", "", f"{greedy.exact}, {greedy.ties} tied", "",
+    parity.add_row("greedy answer", str(greedy.tokens), "", "", "", f"{greedy.exact}, {greedy.ties} tied", "",
                    _verdict(greedy.passed))
     if result.baked:
         parity.add_row("baked prompt", str(result.baked.positions), f"{result.baked.logit_error:.1e}",
-                       f"{result.baked.kl_divergence:.1e}", f"{result.baked.top1_agreement:.1%}", "",
-                       _verdict(result.baked_passed))
-    parity.add_row("limit", "", f"{result.limits.logit_error:.1e}", f"{result.limits.kl_divergence:.1e}", "", "", "")
+                       f"{result.baked.cosine:.6f}", f"{result.baked.kl_divergence:.1e}",
+                       f"{result.baked.top1_agreement:.1%}", "", _verdict(result.baked_passed))
+    limits = result.limits
+    parity.add_row("limit", "", f"{limits.logit_error:.1e}", "", f"{limits.kl_divergence:.1e}", "", "", "")
     for phase, reason in result.skipped.items():
-        parity.add_row(phase, "-", "", "", "", "", f"not run: {reason}")
+        parity.add_row(phase, "-", "", "", "", "", "", f"not run: {reason}")
     weights = result.weights
-    parity.add_row("weights", f"{weights.blobs} blobs", "", "", "same bits" if weights.passed else
+    parity.add_row("weights", f"{weights.blobs} blobs", "", "", "", "same bits" if weights.passed else
                    f"{len(weights.missing)} differ: {weights.missing[0]}", "", _verdict(weights.passed))
     cost = result.quality
     quality = Table("positions", "perplexity float32", "quantized", "KL (nats)", "top-1", "",
