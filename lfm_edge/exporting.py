@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lfm_edge
 from lfm_edge.bundle import Bundle, Manifest, new_bundle, weights_digest
 from lfm_edge.checkpoint import Checkpoint, open_checkpoint
@@ -14,10 +16,18 @@ from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
-from lfm_edge.quantization.calibration import CALIBRATION_TOKENS, calibrate_kv, write_kv_scales
-from lfm_edge.quantization.recipe import GROUP_SIZES, HEAD_BITS, Recipe, recipe
+from lfm_edge.quantization.calibration import (
+    CALIBRATION_TOKENS,
+    MOST_TOKENS,
+    WINDOW,
+    calibrate_kv,
+    write_kv_scales,
+    write_windows,
+)
+from lfm_edge.quantization.recipe import GPTQ, GROUP_SIZES, HEAD_BITS, NEAREST, ROUNDINGS, MixedBits, Recipe
+from lfm_edge.quantization.recipe import recipe as recipe_of
 from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.sample import sample_tokens
+from lfm_edge.sample import TEXT, prompt_windows, read_text, sample_tokens
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import Target, target_named
 from lfm_edge.tokenizer import TextTokenizer
@@ -61,6 +71,7 @@ class Artifact:
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
            prefill_chunk: int = DEFAULT_PREFILL_CHUNK, group_size: int = 32, head_bits: int = 8,
            compute_dtype: str | None = None, kv_dtype: str | None = None, state: str = "explicit",
+           rounding: str = NEAREST, calibration: str | Path | None = None, recipe: str | Path | None = None,
            force: bool = False, progress: Progress | None = None) -> Bundle:
     """Export a checkpoint to a bundle directory and open it.
 
@@ -70,6 +81,9 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     group_size: columns that share a 4-bit scale; head_bits: width of embedding and head
     compute_dtype: what the program computes in; the target's own where none is given
     kv_dtype: of the KV cache; the compute type where none is given
+    rounding: `nearest`, or `gptq`: calibrated on `calibration`, a text file with prompts separated by blank lines, or
+        on built-in ones
+    recipe: a file that says which linear layers have 4 bits and which 8, as `sensitivity` writes it
     force: replace an existing bundle, once the new one is whole
 
     The bundle is written beside `output` and renamed when complete: an interrupted export leaves nothing,
@@ -81,24 +95,29 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     compute_dtype = compute_dtype or chosen.compute_dtypes[0]
     kv_dtype = kv_dtype or compute_dtype
     _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state)
+    mixed = _mixed_bits(recipe, group_size, head_bits)
+    prompts = _prompts(rounding, calibration)
     checkpoint = open_checkpoint(model)
     limit = checkpoint.config.max_position_embeddings
     if context is None:
         context = min(DEFAULT_CONTEXT, limit)
     if context > limit:
         raise ExportError(f"--context {context} is more than the model's {limit}")
-    bits = recipe(chosen.bits, group_size, head_bits, chosen.activations)
+    bits = recipe_of(chosen.bits, mixed.group_size, mixed.head_bits, chosen.activations, rounding=rounding,
+                     mixed=mixed.linear_bits)
     layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout, compute_dtype)
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
+        windows = _calibration_windows(checkpoint.config, directory, prompts) if rounding == GPTQ else None
         progress.stage("quantize", len(checkpoint.names))
-        weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
+        weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance(), windows)
         digest = weights_digest(weights)
         if layout.needs_kv_scales:
             progress.stage("calibrate the 8-bit KV cache", checkpoint.config.num_layers)
             tokens = sample_tokens(TextTokenizer(directory), checkpoint.config.vocab_size,
                                    min(CALIBRATION_TOKENS, context))
-            scales = calibrate_kv(checkpoint.config, weights, bits.activations, tokens, progress.advance)
+            scales = calibrate_kv(checkpoint.config, weights, bits.activations, torch.tensor([tokens]),
+                                  progress.advance)
             write_kv_scales(scales, directory)
             weights |= scales
         exporter = chosen.exporter()
@@ -130,6 +149,35 @@ def _check_options(target: Target, context: int | None, prefill_chunk: int, grou
         raise ExportError(f"--prefill-chunk {prefill_chunk}: a step takes at least 1 token")
 
 
+def _mixed_bits(recipe: str | Path | None, group_size: int, head_bits: int) -> MixedBits:
+    """What the recipe's file says, or the options where there is none."""
+    if recipe is None:
+        return MixedBits(group_size, head_bits, {})
+    if (group_size, head_bits) != (32, 8):
+        raise ExportError(f"--recipe {recipe}: has a group size and the bits of the head; leave out --group-size and "
+                          "--head-bits")
+    return MixedBits.read(Path(recipe))
+
+
+def _prompts(rounding: str, calibration: str | Path | None) -> str:
+    """The text to calibrate on."""
+    if rounding not in ROUNDINGS:
+        raise ExportError(f"--rounding {rounding}: nearest or gptq")
+    if calibration is None:
+        return TEXT
+    if rounding == NEAREST:
+        raise ExportError(f"--calibration {calibration}: --rounding nearest calibrates nothing; give --rounding gptq")
+    return read_text(Path(calibration))
+
+
+def _calibration_windows(config: ModelConfig, directory: Path, prompts: str) -> torch.Tensor:
+    """The windows to round the weights by, int64 [B, T]; the bundle keeps them."""
+    length = min(WINDOW, config.max_position_embeddings)
+    windows = torch.tensor(prompt_windows(TextTokenizer(directory), config.vocab_size, prompts, length, MOST_TOKENS))
+    write_windows(windows, directory)
+    return windows
+
+
 def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact, digest: str) -> Manifest:
     return Manifest(
         target=target.name, artifact=artifact.path, compute_dtype=job.compute_dtype, state_mode=job.state_mode,
@@ -148,7 +196,7 @@ def _readme(manifest: Manifest, usage: str) -> str:
     return f"""# {name} for {manifest.target}
 
 Made by lfm-edge {manifest.versions["lfm-edge"]} from `{name}` (licence: {manifest.licence}).
-Linear layers have {recipe["body"]["bits"]} bits, embedding and head {recipe["head"]["bits"]}. The context holds
+Linear layers have {manifest.recipe.linear_bits} bits, embedding and head {recipe["head"]["bits"]}. The context holds
 {state.context} tokens; a step takes 1 to {manifest.prefill_chunk}. `manifest.json` has the whole layout of the state.
 
     lfm-edge verify .

@@ -1,7 +1,11 @@
-"""The text that checks and calibration run on when the user gives none."""
+"""The text that checks and calibration run on: the user's, or this one."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+from lfm_edge.errors import LfmEdgeError
 from lfm_edge.tokenizer import TextTokenizer
 
 TEXT = """\
@@ -35,3 +39,43 @@ def sample_tokens(tokenizer: TextTokenizer, vocab_size: int, count: int) -> list
     """`count` tokens of the built-in text, from its beginning, repeated where it is too short."""
     tokens = [token for token in tokenizer.encode(TEXT) if token < vocab_size]
     return (tokens * (count // len(tokens) + 1))[:count]
+
+
+def read_text(path: Path) -> str:
+    """A text file of the user's. Raises LfmEdgeError where it is missing, not UTF-8 or empty."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise LfmEdgeError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise LfmEdgeError(f"{path}: not UTF-8 text ({error})") from None
+    if not text.strip():
+        raise LfmEdgeError(f"{path}: holds no text")
+    return text
+
+
+def text_windows(tokenizer: TextTokenizer, vocab_size: int, text: str, length: int, most: int) -> list[list[int]]:
+    """The first `most` tokens of a text, cut into windows of one length, at most `length`.
+
+    Raises LfmEdgeError where there are fewer than two.
+    """
+    return _cut([token for token in tokenizer.encode(text) if token < vocab_size][:most], length)
+
+
+def prompt_windows(tokenizer: TextTokenizer, vocab_size: int, text: str, length: int, most: int) -> list[list[int]]:
+    """Prompts, separated by blank lines, as the model meets them: each as a user's turn in the chat template.
+
+    One after the other, and cut as `text_windows` cuts.
+    """
+    prompts = [prompt.strip() for prompt in re.split(r"\n\s*\n", text)]
+    chats = [tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in prompts if prompt]
+    return _cut([token for chat in chats for token in chat if token < vocab_size][:most], length)
+
+
+def _cut(tokens: list[int], length: int) -> list[list[int]]:
+    """Windows of one length; what is left over at the end is less than one token for each."""
+    if len(tokens) < 2:
+        raise LfmEdgeError("the text has fewer than 2 tokens of the model's vocabulary")
+    count = -(-len(tokens) // length)
+    size = len(tokens) // count
+    return [tokens[start:start + size] for start in range(0, count * size, size)]
