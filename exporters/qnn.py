@@ -9,7 +9,6 @@ may.
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +50,7 @@ from lfm_edge.quantization.activations import column_block
 from lfm_edge.quantization.ranges import UNIT_INT8, Encoding, Ranges, Watched
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.socs import Soc
 from lfm_edge.state import APPEND, StateSpec
 from lfm_edge.targets import TARGETS
 
@@ -408,25 +408,23 @@ def _write_embedding(table: QuantizedTensor, directory: Path) -> None:
         "com.microsoft", 1)], ir_version=10, producer_name="lfm-edge"), directory / "embedding.onnx")
 
 
-def _compile(soc: Any, phases: list[str], directory: Path, progress: Callable[[str], None]) -> str:
+def _compile(soc: Soc, phases: list[str], directory: Path, progress: Callable[[str], None]) -> str:
     """Compile all graphs for one chip. Prefill and decode of a part have one context binary."""
     start = time.monotonic()
     (directory / soc.name).mkdir()
-    for first in graphs_of(directory / GRAPHS, phases[0]):
-        together = [first.with_name(first.name.replace(phases[0], phase, 1)) for phase in phases]
-        sessions = []  # kept: the binary is written when the last one is made
-        for number, graph in enumerate(together, 1):
-            progress(f"compile {graph.stem} for {soc.name} ({soc.product})")
-            sessions.append(htp.load(graph, soc, binary=directory / soc.name / graph.name,
-                                     shared=len(phases) > 1, last=number == len(phases)))
-        del sessions
+    parts = list(zip(*(graphs_of(directory / GRAPHS, phase) for phase in phases), strict=True))
+    for number, together in enumerate(parts, 1):
+        progress(f"compile for {soc.name} ({soc.product})" + (f", part {number} of {len(parts)}" if parts[1:] else ""))
+        htp.compile_together(together, soc, directory / soc.name)
     size = sum(path.stat().st_size for path in (directory / soc.name).iterdir())
     return f"{size / 1e6:,.1f} MB in {time.monotonic() - start:,.0f} s"
 
 
 def _peak_memory() -> str:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:,.2f} GB"
+    """Of this process, and of the largest that compiled for it."""
+    own, compiler = (resource.getrusage(who).ru_maxrss * 1024 / 1e9
+                     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return f"{own:,.2f} GB, and of a compiler beside it {compiler:,.2f} GB"
 
 
 def _usage(job: ExportJob) -> str:

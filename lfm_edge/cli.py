@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 out = Console()
 err = Console(stderr=True)
 
+DEFAULT_MODEL = "LiquidAI/LFM2.5-1.2B-Instruct"
+Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id (owner/name), or random:PRESET for random "
+                                         "weights at a published size, such as random:lfm2.5-1.2b.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory, as `export` writes it.", show_default=False)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON as well; - for standard output "
                                                                "in place of the table.", show_default=False)]
@@ -68,9 +72,7 @@ def targets() -> None:
 @app.command()
 def export(
     target: Annotated[str, typer.Option(help="What to export for; `lfm-edge targets` lists them.", show_default=False)],
-    model: Annotated[str, typer.Option(help="A Hugging Face directory, a hub id (owner/name), or random:PRESET for "
-                                            "random weights at a published size, such as random:lfm2.5-1.2b.")
-                     ] = "LiquidAI/LFM2.5-1.2B-Instruct",
+    model: Model = DEFAULT_MODEL,
     output: Annotated[Path | None, typer.Option(help="Bundle directory to write. (default: MODEL-TARGET)",
                                                 show_default=False)] = None,
     context: Annotated[int | None, typer.Option(help="Positions that the KV cache holds. (default: 4096, or the "
@@ -90,9 +92,13 @@ def export(
     soc: Annotated[str | None, typer.Option(
         help="Chips to compile for, for NPU targets: sm8350, sm8550, sm8650, sm8750, sm8850, several with commas "
              "between. (default: sm8750)", show_default=False)] = None,
-    calibration: Annotated[Path | None, typer.Option(
-        help="UTF-8 text with prompts separated by blank lines, to measure activations on where the target needs "
-             "that. (default: built-in prompts)", show_default=False)] = None,
+    rounding: Annotated[str, typer.Option(help="nearest: each weight to the nearest code. gptq: by what the layers "
+                                               "make of a text; takes minutes, and costs less quality.")] = "nearest",
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text with prompts separated by blank lines; the "
+                                                          "built-in prompts where none is given.",
+                                                     show_default=False)] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Which linear layers have 4 bits and which 8: a file that "
+                                                     "`sensitivity --output` wrote.", show_default=False)] = None,
     bake_prompt: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Text file with a system prompt: it is prefilled now, and `chat`, `generate` and apps "
                              "start after it without waiting for it.", show_default=False)] = None,
@@ -107,7 +113,8 @@ def export(
     with _progress() as progress:
         bundle = run(model, target=target, output=output, context=context, prefill_chunk=prefill_chunk,
                      group_size=group_size, head_bits=head_bits, compute_dtype=compute_dtype, kv_dtype=kv_dtype,
-                     state=state, soc=soc, calibration=calibration, bake_prompt=bake_prompt, force=force,
+                     state=state, soc=soc, rounding=rounding, calibration=calibration, recipe=recipe,
+                     bake_prompt=bake_prompt, force=force,
                      progress=progress)
     _show_bundle(bundle)
     where = escape(str(output))
@@ -132,6 +139,9 @@ def verify(
     tokens: Annotated[int | None, typer.Option(
         min=2, help="Tokens of text to run, where simulating all would take hours. (default: two prefill chunks and "
                     "24)", show_default=False)] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure quality on (perplexity, KL divergence), its "
+                                                   "first 4,096 tokens; the checkpoint's tasks or a built-in text "
+                                                   "where none is given.", show_default=False)] = None,
 ) -> None:
     """Hold a bundle against the quantized reference, and that against the float32 model.
 
@@ -142,11 +152,42 @@ def verify(
     from lfm_edge.harness.verify import verify as run
 
     with _progress() as progress:
-        result = run(opened, model=model, threads=threads, soc=soc, tokens=tokens, progress=progress)
+        result = run(opened, model=model, threads=threads, soc=soc, tokens=tokens, text=text, progress=progress)
     _render(verification_tables(result), result.to_dict(), json_file)
     if not result.passed:
         err.print("verify: FAILED")
         raise typer.Exit(1)
+
+
+@app.command()
+def sensitivity(
+    model: Model = DEFAULT_MODEL,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on, as the model meets it; the built-in "
+                                                   "prompts where none is given.", show_default=False)] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of it to use; the time grows with them.")] = 512,
+    group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128.")] = 32,
+    max_size: Annotated[str | None, typer.Option(help="Choose bits for each layer so that the weights take at most "
+                                                      "this, such as 700MB.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the choice goes, for `export --recipe`.",
+                                                show_default=False)] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Show what 4 bits cost in each layer, as KL divergence from the float32 model, and choose a mix under a limit."""
+    from lfm_edge.harness.memory import parse_bytes
+
+    limit = None if max_size is None else parse_bytes(max_size)
+    if output is not None and limit is None:
+        raise LfmEdgeError(f"--output {output}: there is a choice to write with --max-size only")
+    from lfm_edge.harness.report import sensitivity_table
+    from lfm_edge.harness.sensitivity import analyse
+
+    with _progress() as progress:
+        found, bits, chosen = analyse(model, text=text, tokens=tokens, group_size=group_size, most_bytes=limit,
+                                      progress=progress)
+    if output is not None and bits is not None:
+        _write_json(output, bits.to_dict())
+    result = found.to_dict() if bits is None else {**found.to_dict(), "chosen": asdict(chosen), **bits.to_dict()}
+    _render([sensitivity_table(found, chosen, bits)], result, json_file)
 
 
 @app.command()
@@ -291,17 +332,20 @@ def _show_bundle(bundle: Bundle) -> None:
 
 def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None) -> None:
     """Tables for people, JSON for machines."""
-    text = json.dumps(result, indent=2)
     if json_file == Path("-"):
-        print(text)
+        print(json.dumps(result, indent=2))
         return
     for table in tables:
         out.print(table)
     if json_file is not None:
-        try:
-            json_file.write_text(text + "\n")
-        except OSError as error:
-            raise LfmEdgeError(f"{json_file}: cannot be written ({error.strerror})") from None
+        _write_json(json_file, result)
+
+
+def _write_json(path: Path, result: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise LfmEdgeError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _say(text: str) -> None:

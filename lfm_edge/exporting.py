@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lfm_edge
 from lfm_edge.baking import SystemPrompt, bake
 from lfm_edge.bundle import Bundle, Manifest, new_bundle, weights_digest
@@ -15,10 +17,27 @@ from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
-from lfm_edge.quantization.calibration import CALIBRATION_TOKENS, calibrate_kv, write_kv_scales
-from lfm_edge.quantization.recipe import GROUP_SIZES, HEAD_BITS, Recipe, recipe
+from lfm_edge.quantization.calibration import (
+    CALIBRATION_TOKENS,
+    MOST_TOKENS,
+    WINDOW,
+    calibrate_kv,
+    write_kv_scales,
+    write_windows,
+)
+from lfm_edge.quantization.recipe import GPTQ, GROUP_SIZES, HEAD_BITS, NEAREST, ROUNDINGS, MixedBits, Recipe
+from lfm_edge.quantization.recipe import recipe as recipe_of
 from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.sample import calibration_tokens, default_prompts, read_prompts, whole_chunks
+from lfm_edge.sample import (
+    TEXT,
+    Conversation,
+    calibration_tokens,
+    default_prompts,
+    prompt_windows,
+    prompts_in,
+    read_prompts,
+    whole_chunks,
+)
 from lfm_edge.socs import DEFAULT_SOC, Soc, socs_named
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import Target, target_named
@@ -69,7 +88,8 @@ class Artifact:
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
            prefill_chunk: int = DEFAULT_PREFILL_CHUNK, group_size: int = 32, head_bits: int = 8,
            compute_dtype: str | None = None, kv_dtype: str | None = None, state: str = "explicit",
-           soc: str | None = None, calibration: str | Path | None = None, bake_prompt: str | Path | None = None,
+           soc: str | None = None, rounding: str = NEAREST, calibration: str | Path | None = None,
+           recipe: str | Path | None = None, bake_prompt: str | Path | None = None,
            force: bool = False, progress: Progress | None = None) -> Bundle:
     """Export a checkpoint to a bundle directory and open it.
 
@@ -80,7 +100,9 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     compute_dtype: what the program computes in; the target's own where none is given
     kv_dtype: of the KV cache; the compute type where none is given and the target's caches have it
     soc: chips to compile for, such as `sm8650,sm8750`, where the target is compiled for chips
-    calibration: a file of prompts to measure scales on, where the target has constant ones (`lfm_edge.sample`)
+    rounding: `nearest`, or `gptq`
+    calibration: a text file with prompts separated by blank lines, for all that is measured on a text
+    recipe: a file that says which linear layers have 4 bits and which 8, as `sensitivity` writes it
     bake_prompt: a UTF-8 text file, the system prompt that the bundle prefills now, for sessions to start from
     force: replace an existing bundle, once the new one is whole
 
@@ -94,6 +116,9 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     kv_dtype = kv_dtype or (compute_dtype if compute_dtype in chosen.kv_dtypes else chosen.kv_dtypes[0])
     _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state)
     socs = _socs(chosen, soc)
+    mixed = _mixed_bits(recipe, group_size, head_bits)
+    if rounding not in ROUNDINGS:
+        raise ExportError(f"--rounding {rounding}: nearest or gptq")
     if bake_prompt is not None and state != "explicit":
         raise ExportError(f"--bake-prompt {bake_prompt}: with --state {state} the program keeps the state, and none "
                           "can be shipped")
@@ -104,32 +129,31 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     if context > limit:
         raise ExportError(f"--context {context} is more than the model's {limit}")
     prefill_chunk = min(prefill_chunk, context)
-    bits = recipe(chosen.bits, group_size, head_bits, chosen.activations, chosen.two_level)
+    bits = recipe_of(chosen.bits, mixed.group_size, mixed.head_bits, chosen.activations, chosen.two_level, rounding,
+                     mixed.linear_bits)
     # Conv states come and go as real numbers, where the program computes in integers.
     layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout,
                           "float32" if compute_dtype == "int16" else compute_dtype)
     needs_prompts = chosen.calibrated or layout.needs_kv_scales
-    if calibration is not None and not needs_prompts:
-        raise ExportError(f"--calibration {calibration}: {target} measures its scales at run time and has no use for it"
-                          + (", but with --kv-dtype int8" if "int8" in chosen.kv_dtypes else ""))
-    texts = read_prompts(Path(calibration)) if calibration is not None else None
+    given = _prompts(chosen, calibration, needs_prompts or rounding == GPTQ)
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
         prompt = None if bake_prompt is None else SystemPrompt.of(Path(bake_prompt), TextTokenizer(directory), context)
+        windows = _calibration_windows(checkpoint.config, directory, given) if rounding == GPTQ else None
         progress.stage("quantize", len(checkpoint.names))
-        weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance())
+        weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance(), windows)
         digest = weights_digest(weights)
-        prompts = (calibration_tokens(TextTokenizer(directory), checkpoint.config, texts or default_prompts(directory))
+        prompts = (calibration_tokens(TextTokenizer(directory), checkpoint.config, given or default_prompts(directory))
                    if needs_prompts else [])
         if layout.needs_kv_scales:
             progress.stage("calibrate the 8-bit KV cache", checkpoint.config.num_layers)
-            tokens = prompts[:min(CALIBRATION_TOKENS, context)]
+            tokens = torch.tensor([prompts[:min(CALIBRATION_TOKENS, context)]])
             scales = calibrate_kv(checkpoint.config, weights, bits.activations, tokens, progress.advance)
             write_kv_scales(scales, directory)
             weights |= scales
         exporter = chosen.exporter()
-        windows = whole_chunks(prompts, prefill_chunk, context, checkpoint.config.bos_token_id)
-        job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, windows, socs)
+        texts = whole_chunks(prompts, prefill_chunk, context, checkpoint.config.bos_token_id)
+        job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, texts, socs)
         artifact = exporter.export(job, directory, progress.stage)
         manifest = _manifest(checkpoint, chosen, job, artifact, digest)
         if prompt:
@@ -168,6 +192,37 @@ def _check_options(target: Target, context: int | None, prefill_chunk: int, grou
         raise ExportError(f"--prefill-chunk {prefill_chunk}: a step takes at least 1 token")
 
 
+def _mixed_bits(recipe: str | Path | None, group_size: int, head_bits: int) -> MixedBits:
+    """What the recipe's file says, or the options where there is none."""
+    if recipe is None:
+        return MixedBits(group_size, head_bits, {})
+    if (group_size, head_bits) != (32, 8):
+        raise ExportError(f"--recipe {recipe}: has a group size and the bits of the head; leave out --group-size and "
+                          "--head-bits")
+    return MixedBits.read(Path(recipe))
+
+
+def _prompts(target: Target, calibration: str | Path | None, needed: bool) -> tuple[Conversation, ...] | None:
+    """The user's prompts to calibrate on, if there are any."""
+    if calibration is None:
+        return None
+    if not needed:
+        raise ExportError(f"--calibration {calibration}: {target.name} calibrates nothing here"
+                          + (" but with --kv-dtype int8 or --rounding gptq" if "int8" in target.kv_dtypes else
+                             "; give --rounding gptq"))
+    return read_prompts(Path(calibration))
+
+
+def _calibration_windows(config: ModelConfig, directory: Path,
+                         prompts: tuple[Conversation, ...] | None) -> torch.Tensor:
+    """The windows to round the weights by, int64 [B, T]; the bundle keeps them."""
+    length = min(WINDOW, config.max_position_embeddings)
+    windows = torch.tensor(prompt_windows(TextTokenizer(directory), config.vocab_size, prompts or prompts_in(TEXT),
+                                          length, MOST_TOKENS))
+    write_windows(windows, directory)
+    return windows
+
+
 def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact, digest: str) -> Manifest:
     return Manifest(
         target=target.name, artifact=artifact.path, compute_dtype=job.compute_dtype, state_mode=job.state_mode,
@@ -190,7 +245,7 @@ def _readme(manifest: Manifest, usage: str) -> str:
     return f"""# {name} for {manifest.target}
 
 Made by lfm-edge {manifest.versions["lfm-edge"]} from `{name}` (licence: {manifest.licence}).
-Linear layers have {recipe["body"]["bits"]} bits, embedding and head {recipe["head"]["bits"]}. The context holds
+Linear layers have {manifest.recipe.linear_bits} bits, embedding and head {recipe["head"]["bits"]}. The context holds
 {state.context} tokens; a step takes 1 to {manifest.prefill_chunk}. `manifest.json` has the whole layout of the state.
 {baked}
     lfm-edge verify .

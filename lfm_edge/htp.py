@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime
@@ -12,7 +16,7 @@ import onnxruntime_qnn
 
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.progress import native_messages_hidden
-from lfm_edge.socs import Soc
+from lfm_edge.socs import SOCS, Soc
 
 PROVIDER = "QNNExecutionProvider"
 
@@ -52,6 +56,25 @@ def load(graph: Path, soc: Soc, *, binary: Path | None = None, last: bool = True
     if astray:
         raise NpuError(f"{graph}: would run on the CPU: {astray}")
     return session
+
+
+def compile_together(graphs: Sequence[Path], soc: Soc, output: Path) -> None:
+    """Compile graphs that share their weights into one context binary; each gets an ONNX file of its name in `output`.
+
+    In a process of its own: the compiler takes gigabytes that it does not give back, and one that is left in the middle
+    ends its process. Raises NpuError as `load` does.
+    """
+    arguments = [sys.executable, "-m", "lfm_edge.htp", soc.name, str(output), *map(str, graphs)]
+    finished = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        reason = (finished.stderr.strip().splitlines() or [f"the compiler ended with {finished.returncode}"])[-1]
+        raise NpuError(reason)
+
+
+def _compile(soc: Soc, output: Path, graphs: Sequence[Path]) -> None:
+    # The binary is written when the last graph is loaded.
+    _ = [load(graph, soc, binary=output / graph.name, shared=len(graphs) > 1, last=graph == graphs[-1])
+         for graph in graphs]
 
 
 def placement(session: onnxruntime.InferenceSession) -> Counter[str]:
@@ -100,3 +123,13 @@ def _not_on_the_npu(session: onnxruntime.InferenceSession) -> str:
     kinds = Counter(node.op_type for part in session.get_provider_graph_assignment_info()
                     if part.ep_name != PROVIDER for node in part.get_nodes())
     return ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+
+
+if __name__ == "__main__":
+    status = 0
+    try:
+        _compile(SOCS[sys.argv[1]], Path(sys.argv[2]), [Path(name) for name in sys.argv[3:]])
+    except LfmEdgeError as error:
+        print(error, file=sys.stderr, flush=True)
+        status = 2
+    os._exit(status)  # what the provider's libraries do on the way out is not asked for

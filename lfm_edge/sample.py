@@ -94,15 +94,14 @@ PROMPTS: tuple[Conversation, ...] = tuple(
 
 
 def read_prompts(path: Path) -> tuple[Conversation, ...]:
-    """A user's prompts: UTF-8 text, one from the other by blank lines. Raises LfmEdgeError where there are none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise LfmEdgeError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    prompts = [prompt.strip() for prompt in re.split(r"\n\s*\n", text) if prompt.strip()]
-    if not prompts:
-        raise LfmEdgeError(f"{path}: has no prompts")
-    return tuple([{"role": "user", "content": prompt}] for prompt in prompts)
+    """A user's file of prompts. Raises LfmEdgeError where there are none."""
+    return prompts_in(read_text(path))
+
+
+def prompts_in(text: str) -> tuple[Conversation, ...]:
+    """Prompts, separated by blank lines, each as a user's turn."""
+    prompts = [prompt.strip() for prompt in re.split(r"\n\s*\n", text)]
+    return tuple([{"role": "user", "content": prompt}] for prompt in prompts if prompt)
 
 
 def read_tasks(directory: Path) -> list[dict[str, Any]]:
@@ -156,3 +155,38 @@ def whole_chunks(tokens: Sequence[int], chunk: int, context: int, first: int) ->
     starts = range(0, len(tokens), length - 1)
     texts = ([first, *tokens[start:start + length - 1]] for start in starts) if length > 1 else ([first],)
     return tuple(text[:len(text) // chunk * chunk] for text in texts if len(text) >= chunk)
+def read_text(path: Path) -> str:
+    """A text file of the user's. Raises LfmEdgeError where it is missing, not UTF-8 or empty."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise LfmEdgeError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise LfmEdgeError(f"{path}: not UTF-8 text ({error})") from None
+    if not text.strip():
+        raise LfmEdgeError(f"{path}: holds no text")
+    return text
+
+
+def text_windows(tokenizer: TextTokenizer, vocab_size: int, text: str, length: int, most: int) -> list[list[int]]:
+    """The first `most` tokens of a text, cut into windows of one length, at most `length`.
+
+    Raises LfmEdgeError where there are fewer than two.
+    """
+    return _cut([token for token in tokenizer.encode(text) if token < vocab_size][:most], length)
+
+
+def prompt_windows(tokenizer: TextTokenizer, vocab_size: int, prompts: Sequence[Conversation], length: int,
+                   most: int) -> list[list[int]]:
+    """Prompts as the model meets them, through the chat template, one after the other, cut as `text_windows` cuts."""
+    tokens = [token for prompt in prompts for token in _tokens_of(tokenizer, prompt)]
+    return _cut([token for token in tokens if token < vocab_size][:most], length)
+
+
+def _cut(tokens: list[int], length: int) -> list[list[int]]:
+    """Windows of one length; what is left over at the end is less than one token for each."""
+    if len(tokens) < 2:
+        raise LfmEdgeError("the text has fewer than 2 tokens of the model's vocabulary")
+    count = -(-len(tokens) // length)
+    size = len(tokens) // count
+    return [tokens[start:start + size] for start in range(0, count * size, size)]

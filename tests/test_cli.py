@@ -12,7 +12,7 @@ from lfm_edge import cli
 from lfm_edge.bundle import new_bundle
 from tests.helpers import REPO, TINY, contents, fill_bundle, lfm_edge
 
-COMMANDS = ("targets", "export", "inspect", "verify", "bench", "generate", "chat")
+COMMANDS = ("targets", "export", "inspect", "verify", "sensitivity", "bench", "generate", "chat")
 
 # Fails where anything imports torch or a backend.
 LIGHT = """
@@ -140,6 +140,14 @@ BAD_OPTIONS = {
                                     "--group-size 64: android-q8 is quantized per channel and has no groups"),
     "model that is not there": (["--model", "/no/such/model"], "/no/such/model: no such directory"),
     "unknown preset": (["--model", "random:lfm9"], "random:lfm9: unknown preset; known are"),
+    "rounding": (["--rounding", "up"], "--rounding up: nearest or gptq"),
+    "calibration of nothing": (["--calibration", "p.txt"], "calibrates nothing here but with"),
+    "no calibration text": (["--rounding", "gptq", "--calibration", "/no/text"], "/no/text: cannot be read (No such"),
+    "calibration with a directory": (["--rounding", "gptq", "--calibration", "/"], "/: cannot be read (Is a"),
+    "calibration with binary data": (["--rounding", "gptq", "--calibration", TINY / "model.safetensors"],
+                                     "not UTF-8 text"),
+    "no recipe": (["--recipe", "/no/recipe"], "/no/recipe: no such file"),
+    "a recipe and a group size": (["--recipe", "r.json", "--group-size", "64"], "leave out --group-size"),
 }
 
 
@@ -216,6 +224,36 @@ def test_a_bundle_for_an_unknown_target_is_one_line(run, bundle, arguments):
 @pytest.mark.parametrize("budget", ["lots", "-1GB", "0", "1TB", ""])
 def test_a_bad_budget_is_one_line(run, bundle, budget):
     assert f"'{budget}' is no size" in the_line(run("bench", bundle, "--budget", budget))
+
+
+BAD_TEXTS = {
+    "empty": (b" \n\n ", "holds no text"), "not UTF-8": (b"\xff\xfe", "not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("content, message", BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_a_bad_text_is_one_line(run, tmp_path, content, message):
+    (tmp_path / "text").write_bytes(content)
+
+    assert message in the_line(run("sensitivity", "--model", TINY, "--text", tmp_path / "text"))
+
+
+BAD_SENSITIVITY = {
+    "group size": (["--group-size", "48"], "--group-size 48: it must be 32, 64 or 128"),
+    "size": (["--max-size", "small"], "'small' is no size"),
+    "too small a size": (["--max-size", "100kB"], "--max-size: the weights take 0.75 MB at 4 bits everywhere"),
+    "nothing to write": (["--output", "r.json"], "--output r.json: there is a choice to write with --max-size only"),
+    "model that is not there": (["--model", "/no/such/model"], "/no/such/model: no such directory"),
+}
+
+
+@pytest.mark.parametrize("options, message", BAD_SENSITIVITY.values(), ids=BAD_SENSITIVITY)
+def test_bad_input_to_sensitivity_is_one_line(run, tmp_path, options, message):
+    ended = run("sensitivity", "--model", TINY, "--tokens", "16", *options)
+
+    assert ended.returncode == 2
+    assert message in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
 
 
 # --- good input ---------------------------------------------------------------------------------------------------

@@ -107,6 +107,15 @@ def test_the_tolerance_is_tight_where_the_models_noise_allows_it(small_bundle):
     assert result.typical_passed and all(row.within(result.limits) for row in result.parity)
 
 
+def test_quality_is_measured_on_a_text_of_the_users(small_bundle, tmp_path):
+    (tmp_path / "text").write_text("the harbour wakes before the town does " * 30)
+    result = verify(small_bundle, text=tmp_path / "text")
+    tokens = small_bundle.tokenizer().encode((tmp_path / "text").read_text())
+    assert len(tokens) > 3 * small_bundle.manifest.state.context
+    assert len(tokens) - 16 < result.quality.positions <= len(tokens)
+    assert result.parity == verify(small_bundle).parity
+
+
 def test_a_shifted_position_fails(small_bundle, monkeypatch):
     """Off by one in the rotary positions and the cache rows: what a wrong chunk boundary does."""
     original = Session.prefill

@@ -6,7 +6,7 @@ Where the checkpoint ships `tasks.json` (prompts with one right answer), the art
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,20 +47,25 @@ class TaskAccuracy:
     passed: bool
 
 
-def compare(tokens: Sequence[int], exact: np.ndarray, quantized: np.ndarray, limit: float) -> Quality:
-    """Hold the quantized reference against the float32 model.
+def compare(windows: Sequence[Sequence[int]], exact: Iterable[np.ndarray], quantized: Iterable[np.ndarray],
+            limit: float) -> Quality:
+    """Hold the quantized reference against the float32 model on texts.
 
-    exact, quantized: float32 [len(tokens), vocab]; limit: largest mean KL divergence in nats
+    exact, quantized: float32 [len(window), vocab] of each window; limit: largest mean KL divergence in nats
     """
+    rows = [_compare(*texts) for texts in zip(windows, exact, quantized, strict=True)]
+    float_loss, loss, divergences, same = (np.concatenate(part) for part in zip(*rows, strict=True))
+    divergence = float(divergences.mean())
+    return Quality(len(divergences), float(np.exp(float_loss.mean())), float(np.exp(loss.mean())), divergence,
+                   float(same.mean()), divergence <= limit)
+
+
+def _compare(tokens: Sequence[int], exact: np.ndarray, quantized: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of each position of one text: the losses of both on the next token, KL divergence, whether the best agree."""
     following = np.array(tokens[1:])
     rows = np.arange(len(following))
-
-    def perplexity(logits: np.ndarray) -> float:
-        return float(np.exp(-log_softmax(logits[:-1])[rows, following].mean()))
-
-    divergence = float(kl_divergence(exact, quantized).mean())
-    agreement = float((exact.argmax(-1) == quantized.argmax(-1)).mean())
-    return Quality(len(tokens), perplexity(exact), perplexity(quantized), divergence, agreement, divergence <= limit)
+    float_loss, loss = (-log_softmax(logits[:-1])[rows, following] for logits in (exact, quantized))
+    return float_loss, loss, kl_divergence(exact, quantized), exact.argmax(-1) == quantized.argmax(-1)
 
 
 def read_tasks(bundle: Bundle) -> list[dict[str, Any]]:

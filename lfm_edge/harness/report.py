@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.table import Table
 
 from lfm_edge.bundle import Bundle
+from lfm_edge.harness.sensitivity import Sensitivity, Whole
 from lfm_edge.harness.verify import Verification
+from lfm_edge.quantization.recipe import NEAREST, MixedBits, Recipe
 
 
 def megabytes(count: int) -> str:
@@ -53,6 +57,30 @@ def verification_tables(result: Verification) -> list[Table]:
     return tables
 
 
+def sensitivity_table(found: Sensitivity, chosen: Whole | None, bits: MixedBits | None) -> Table:
+    """What `sensitivity` shows, the dearest first."""
+    title = (f"{found.model}: int4 in groups of {found.group_size} in one place, int8 in all others; "
+             f"{found.tokens} tokens")
+    table = Table("weights", "KL (nats) added", "saves", "KL per MB", *([] if bits is None else ["bits"]),
+                  title=title, title_justify="left")
+    for cost in sorted(found.costs, key=lambda cost: -cost.per_megabyte):
+        choice = [] if bits is None else [str(bits.bits_of(cost.weights[0]))]
+        table.add_row(_short_names(cost.weights), f"{cost.kl_divergence:.6f}", megabytes(cost.bytes_saved),
+                      f"{cost.per_megabyte:.6f}", *choice)
+    table.add_section()
+    for name, whole in (("all at 8 bits", found.eight_bits), ("all at 4 bits", found.four_bits), ("as chosen", chosen)):
+        if whole is not None:
+            table.add_row(name, f"{whole.kl_divergence:.6f}", f"takes {megabytes(whole.nbytes)}", "")
+    return table
+
+
+def _short_names(weights: tuple[str, ...]) -> str:
+    """`layers.3 feed_forward.w1, w3` of the weights' full names."""
+    names = [name.removeprefix("model.").removesuffix(".weight") for name in weights]
+    stem = names[0].rpartition(".")[0] + "."
+    return ", ".join([names[0], *(name.removeprefix(stem) for name in names[1:])])
+
+
 def bundle_table(bundle: Bundle) -> Table:
     """What `inspect` shows."""
     manifest, config = bundle.manifest, bundle.manifest.config
@@ -66,8 +94,8 @@ def bundle_table(bundle: Bundle) -> Table:
         ("model", f"{config.num_parameters / 1e6:,.2f} M parameters, hidden {config.hidden_size}, vocabulary "
                   f"{config.vocab_size}; {len(config.conv_layers)} conv layers of {config.conv_taps} taps, "
                   f"{len(config.attention_layers)} attention layers"),
-        ("weights", f"linear layers {_scheme(recipe['body'])}; embedding and head {_scheme(recipe['head'])}; "
-                    f"activations {activations}"),
+        ("weights", f"linear layers {_scheme(recipe['body'])}{_exceptions(manifest.recipe)}; "
+                    f"embedding and head {_scheme(recipe['head'])}; activations {activations}"),
         ("state", f"{manifest.state_mode}, context {manifest.state.context}: "
                   f"KV {megabytes(manifest.state.nbytes_of(conv=False))}, "
                   f"conv {megabytes(manifest.state.nbytes_of(conv=True))}"),
@@ -91,6 +119,13 @@ def _lowering_rows(lowering: dict) -> list[tuple[str, str]]:
 def _scheme(entry: dict) -> str:
     group = entry["group_size"]
     return f"int{entry['bits']} " + ("per channel" if group == "channel" else f"in groups of {group}")
+
+
+def _exceptions(recipe: Recipe) -> str:
+    """What else there is to say of the linear layers: those with other bits, and how they were rounded."""
+    bits = Counter(scheme.bits for scheme in recipe.mixed.values())
+    return "".join(f", {count} of them int{its}" for its, count in bits.items()) + (
+        "" if recipe.rounding == NEAREST else f", rounded by {recipe.rounding}")
 
 
 def _verdict(passed: bool) -> str:

@@ -14,14 +14,16 @@ from lfm_edge.harness import parity, quality
 from lfm_edge.harness.baked import baked_agreement
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
-from lfm_edge.quantization.calibration import read_kv_scales
+from lfm_edge.quantization.calibration import read_kv_scales, read_windows
+from lfm_edge.quantization.recipe import GPTQ
 from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.sample import sample_tokens
+from lfm_edge.sample import read_text, sample_tokens, text_windows
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import reference_runtime
 
 GREEDY_TOKENS = 24
 NOISE_DRAWS = 2
+TEXT_WINDOW, TEXT_TOKENS = 512, 4096  # of a user's text; one model's logits of all of it are held at once
 
 
 @dataclass(frozen=True)
@@ -98,25 +100,27 @@ class Verification:
 
 
 def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | None = None, soc: str | None = None,
-           tokens: int | None = None, progress: Progress | None = None) -> Verification:
+           tokens: int | None = None, text: str | Path | None = None, progress: Progress | None = None) -> Verification:
     """Hold a bundle against the quantized reference, and that against the float32 model.
 
     model: where the checkpoint is now, if not where the manifest says
     soc: which of the chips that the bundle was compiled for
-    tokens: length of the text to run; two prefill chunks and 24 where none is given, or what the context holds
+    tokens: how many to check parity on; two prefill chunks and 24 where none is given, or what the context holds
+    text: a file to measure quality on; the text that parity is checked on where none is given
     Raises LfmEdgeError where the checkpoint is missing, or is not the one that was exported.
     """
     progress = progress or Progress()
     checkpoint = _source(bundle, model)
     manifest, thresholds = bundle.manifest, bundle.target.thresholds
     tasks = quality.read_tasks(bundle)
-    text = _tokens(bundle, tasks, tokens)
+    sequence = _tokens(bundle, tasks, tokens)
+    windows = [sequence] if text is None else _windows(bundle, Path(text))
     phases, skipped = _phases(bundle)
 
     progress.stage("run the artifact", len(tasks) or None)
     session = bundle.session(threads, soc)
-    ours = parity.run_phases(session, text, phases)
-    prompt = text[:max(1, len(text) - GREEDY_TOKENS)][:64]
+    ours = parity.run_phases(session, sequence, phases)
+    prompt = sequence[:max(1, len(sequence) - GREEDY_TOKENS)][:64]
     answer = parity.greedy_tokens(session, prompt, min(GREEDY_TOKENS, manifest.state.context - len(prompt)))
     our_answers = quality.right_answers(session, bundle, tasks, progress.advance)
     baked = baked_agreement(session, bundle, tokens) if bundle.baked_prompt else None
@@ -124,7 +128,8 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     del session
 
     progress.stage("quantize the reference", len(checkpoint.names))
-    weights = quantize_checkpoint(checkpoint, manifest.recipe, lambda _: progress.advance())
+    calibration = read_windows(bundle.directory, manifest.config) if manifest.recipe.rounding == GPTQ else None
+    weights = quantize_checkpoint(checkpoint, manifest.recipe, lambda _: progress.advance(), calibration)
     _check_same_weights(bundle, weights)
     progress.stage("look the weights up in the artifact")
     weights |= read_kv_scales(bundle.directory) if manifest.state.needs_kv_scales else {}
@@ -134,20 +139,20 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     reference = torch_runtime.ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),
                                                activations=manifest.recipe.activations)
     del weights
-    theirs = parity.run_phases(reference, text, phases)
-    quantized_logits = reference.score(text)
+    theirs = parity.run_phases(reference, sequence, phases)
+    quantized_logits = [reference.score(window) for window in windows]
     followed = parity.follow(reference, prompt, answer)
     progress.stage("measure its noise floor")
     disturbed = []
     for seed in range(NOISE_DRAWS):
         reference.jitter(seed, arithmetic)
-        disturbed.append(parity.run_phases(reference, text, phases))
+        disturbed.append(parity.run_phases(reference, sequence, phases))
     del reference
 
     progress.stage("run the float32 model", len(tasks) or None)
     exact = torch_runtime.ReferenceSession(manifest.config, torch_runtime.float_weights(checkpoint),
                                            StateSpec.of(manifest.config, manifest.state.context))
-    cost = quality.compare(text, exact.score(text), quantized_logits, thresholds.quality_kl)
+    cost = quality.compare(windows, map(exact.score, windows), quantized_logits, thresholds.quality_kl)
     answers = quality.right_answers(exact, bundle, tasks, progress.advance)
     floor = [parity.worst([parity.compare(phase, draw[phase], theirs[phase]) for draw in disturbed])
              for phase in phases]
@@ -198,6 +203,13 @@ def _tokens(bundle: Bundle, tasks: list[dict[str, Any]], length: int | None) -> 
         answer = tokenizer.encode(task["answer"], special=False)
         tokens += [*tokenizer.chat(task["messages"]), *answer, manifest.config.eos_token_ids[0]]
     return tokens[:count] if len(tokens) >= count else sample_tokens(tokenizer, manifest.config.vocab_size, count)
+
+
+def _windows(bundle: Bundle, path: Path) -> list[list[int]]:
+    """The beginning of a text of the user's, in windows that each start anew."""
+    manifest = bundle.manifest
+    return text_windows(bundle.tokenizer(), manifest.config.vocab_size, read_text(path),
+                        min(TEXT_WINDOW, manifest.state.context), TEXT_TOKENS)
 
 
 def _phases(bundle: Bundle) -> tuple[list[str], dict[str, str]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.errors import ExportError
-from lfm_edge.quantization.recipe import Recipe, Scheme
+from lfm_edge.quantization.recipe import GPTQ, Recipe, Scheme
 from lfm_edge.quantization.tensor import LARGEST_MULTIPLE, QuantizedTensor, are_multiples
 
 # Fractions of max|w| / (2**(bits-1) - 0.5) to try, plain round-to-nearest among them. Below 1 clips the largest
@@ -33,15 +33,21 @@ _SAMPLE_ROWS = 16
 _SMALLEST_SCALE = 2.0 ** -14  # normal in float16 and bfloat16, so every backend reads it exactly
 
 
-def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe,
-                        progress: Callable[[str], None] = lambda name: None) -> dict[str, Tensor | QuantizedTensor]:
+def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe, progress: Callable[[str], None] = lambda name: None,
+                        windows: Tensor | None = None) -> dict[str, Tensor | QuantizedTensor]:
     """Every weight of the model, quantized or in float32 as the recipe says, read one at a time.
 
     progress: called with the name of each weight when it is done
+    windows: the text of a calibrated rounding, int64 [B, T]
     Raises CheckpointError for unreadable weights, ExportError where the recipe does not fit the shapes.
     """
-    shapes = checkpoint.config.weight_shapes()
-    schemes = {name: recipe.scheme(name, shape) for name, shape in shapes.items()}  # refuse before the work
+    schemes = recipe.schemes(checkpoint.config.weight_shapes())  # refuse before the work
+    if recipe.rounding == GPTQ:
+        from lfm_edge.quantization.gptq import quantize_with_text  # which builds on this module
+
+        if windows is None:
+            raise ExportError("a gptq recipe needs the text that it was calibrated with")
+        return quantize_with_text(checkpoint, schemes, windows, progress)
     weights: dict[str, Tensor | QuantizedTensor] = {}
     for name, scheme in schemes.items():
         value = checkpoint.tensor(name)
