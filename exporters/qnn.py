@@ -428,4 +428,30 @@ def _peak_memory() -> str:
 
 
 def _usage(job: ExportJob) -> str:
-    return ""
+    prefill = _PREFILL_USAGE.replace("CHUNK", str(job.prefill_chunk)) if job.prefill_chunk > 1 else ""
+    return _USAGE.replace("PREFILL", prefill).replace("CHIPS", ", ".join(
+        f"`{DIRECTORY}/{soc.name}` ({soc.product})" for soc in job.socs)).replace("WIDTH", str(job.config.head_dim))
+
+
+_USAGE = """\
+## Loading it
+
+Compiled for CHIPS: put that directory and `npu/embedding.*` on the device. ONNX Runtime with the QNN provider loads
+`decode.onnx`PREFILL from it. `npu/graphs` is what was compiled; a device has no need of it.
+
+- `npu/embedding.onnx`, on the CPU: `input_ids` int64 [1, T] -> `inputs_embeds`, the first input of the graphs
+- `cos`, `sin` float32 [1, T, 1, WIDTH]: the rotation of each position, `sin` with the sign of its first half changed
+- `past_mask` float32 [1, 1, 1, context]: 0 for positions that are filled, -1 for the others
+- the state, named as in `manifest.json`; begin with zeros
+- `logits` float32 [1, 1, vocab]; `present_conv.N` replaces `past_conv.N`; `present.N.key` and `.value` are the step's
+  rows, int8 [1, T, kv_heads, WIDTH]: write them into the caches at the position, keys as columns
+
+In Python: `from lfm_edge import open_bundle; session = open_bundle(".").session()`, on the NPU of the device, or on the
+simulator of an x86-64 Linux host.
+"""
+
+_PREFILL_USAGE = """\
+, and `prefill.onnx`, which takes CHUNK tokens, the last ones padding where there are fewer, and is told
+by `last` int32 [1] which is the last valid one, and by `conv_rows` int32 [taps - 1] = valid, valid + 1, ... which
+columns are the next conv state,
+"""
