@@ -114,20 +114,14 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     chosen.check_installed()
     compute_dtype = compute_dtype or chosen.compute_dtypes[0]
     kv_dtype = kv_dtype or (compute_dtype if compute_dtype in chosen.kv_dtypes else chosen.kv_dtypes[0])
-    _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state)
+    _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state, rounding)
     socs = _socs(chosen, soc)
     mixed = _mixed_bits(recipe, group_size, head_bits)
-    if rounding not in ROUNDINGS:
-        raise ExportError(f"--rounding {rounding}: nearest or gptq")
     if bake_prompt is not None and state != "explicit":
         raise ExportError(f"--bake-prompt {bake_prompt}: with --state {state} the program keeps the state, and none "
                           "can be shipped")
     checkpoint = open_checkpoint(model)
-    limit = checkpoint.config.max_position_embeddings
-    if context is None:
-        context = min(DEFAULT_CONTEXT, limit)
-    if context > limit:
-        raise ExportError(f"--context {context} is more than the model's {limit}")
+    context = _context(checkpoint.config, context)
     prefill_chunk = min(prefill_chunk, context)
     bits = recipe_of(chosen.bits, mixed.group_size, mixed.head_bits, chosen.activations, chosen.two_level, rounding,
                      mixed.linear_bits)
@@ -143,18 +137,17 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         progress.stage("quantize", len(checkpoint.names))
         weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance(), windows)
         digest = weights_digest(weights)
-        prompts = (calibration_tokens(TextTokenizer(directory), checkpoint.config, given or default_prompts(directory))
-                   if needs_prompts else [])
+        tokens = (calibration_tokens(TextTokenizer(directory), checkpoint.config, given or default_prompts(directory))
+                  if needs_prompts else [])
         if layout.needs_kv_scales:
             progress.stage("calibrate the 8-bit KV cache", checkpoint.config.num_layers)
-            tokens = torch.tensor([prompts[:min(CALIBRATION_TOKENS, context)]])
-            scales = calibrate_kv(checkpoint.config, weights, bits.activations, tokens, progress.advance)
+            text = torch.tensor([tokens[:min(CALIBRATION_TOKENS, context)]])
+            scales = calibrate_kv(checkpoint.config, weights, bits.activations, text, progress.advance)
             write_kv_scales(scales, directory)
             weights |= scales
-        exporter = chosen.exporter()
-        texts = whole_chunks(prompts, prefill_chunk, context, checkpoint.config.bos_token_id)
+        texts = whole_chunks(tokens, prefill_chunk, context, checkpoint.config.bos_token_id)
         job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, texts, socs)
-        artifact = exporter.export(job, directory, progress.stage)
+        artifact = chosen.exporter().export(job, directory, progress.stage)
         manifest = _manifest(checkpoint, chosen, job, artifact, digest)
         if prompt:
             progress.stage("bake the prompt", -(-len(prompt.tokens) // job.prefill_chunk))
@@ -163,6 +156,15 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         (directory / "README.md").write_text(_readme(manifest, artifact.usage))
         manifest.write(directory)
     return Bundle.open(output)
+
+
+def _context(config: ModelConfig, context: int | None) -> int:
+    limit = config.max_position_embeddings
+    if context is None:
+        return min(DEFAULT_CONTEXT, limit)
+    if context > limit:
+        raise ExportError(f"--context {context} is more than the model's {limit}")
+    return context
 
 
 def _socs(target: Target, names: str | None) -> tuple[Soc, ...]:
@@ -174,13 +176,13 @@ def _socs(target: Target, names: str | None) -> tuple[Soc, ...]:
 
 
 def _check_options(target: Target, context: int | None, prefill_chunk: int, group_size: int, head_bits: int,
-                   compute_dtype: str, kv_dtype: str, state: str) -> None:
+                   compute_dtype: str, kv_dtype: str, state: str, rounding: str) -> None:
     """Refuse what the target cannot honour, with the reason."""
     kv_dtypes = tuple(dtype for dtype in target.kv_dtypes if dtype in ("int8", compute_dtype))
     choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("--group-size", group_size, GROUP_SIZES), ("--head-bits", head_bits, HEAD_BITS),
         ("--compute-dtype", compute_dtype, target.compute_dtypes), ("--kv-dtype", kv_dtype, kv_dtypes),
-        ("--state", state, target.state_modes))
+        ("--state", state, target.state_modes), ("--rounding", rounding, ROUNDINGS))
     for option, value, allowed in choices:
         if value not in allowed:
             raise ExportError(f"{option} {value}: {target.name} takes {' or '.join(map(str, allowed))}")

@@ -140,7 +140,7 @@ BAD_OPTIONS = {
                                     "--group-size 64: android-q8 is quantized per channel and has no groups"),
     "model that is not there": (["--model", "/no/such/model"], "/no/such/model: no such directory"),
     "unknown preset": (["--model", "random:lfm9"], "random:lfm9: unknown preset; known are"),
-    "rounding": (["--rounding", "up"], "--rounding up: nearest or gptq"),
+    "rounding": (["--rounding", "up"], "--rounding up: android-q4 takes nearest or gptq"),
     "calibration of nothing": (["--calibration", "p.txt"], "calibrates nothing here but with"),
     "no calibration text": (["--rounding", "gptq", "--calibration", "/no/text"], "/no/text: cannot be read (No such"),
     "calibration with a directory": (["--rounding", "gptq", "--calibration", "/"], "/: cannot be read (Is a"),
