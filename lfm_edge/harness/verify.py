@@ -123,7 +123,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     prompt = sequence[:max(1, len(sequence) - GREEDY_TOKENS)][:64]
     answer = parity.greedy_tokens(session, prompt, min(GREEDY_TOKENS, manifest.state.context - len(prompt)))
     our_answers = quality.right_answers(session, bundle, tasks, progress.advance)
-    baked = baked_agreement(session, bundle, tokens) if bundle.baked_prompt else None
+    baked = baked_agreement(session, bundle, sequence) if bundle.baked_prompt else None
     arithmetic, remark = session.arithmetic, session.remark
     del session
 
