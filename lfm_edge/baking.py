@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lfm_edge.bundle import BakedPrompt, Bundle, Manifest
 from lfm_edge.errors import ExportError, LfmEdgeError
+from lfm_edge.files import read_text
 from lfm_edge.progress import Progress
 from lfm_edge.saved import Message
 from lfm_edge.tokenizer import TextTokenizer
@@ -28,7 +29,11 @@ class SystemPrompt:
         Raises ExportError where it is missing, empty, not text, or too long for the context, or where the chat
         template cannot begin every conversation with it.
         """
-        messages: list[Message] = [{"role": "system", "content": _read(file)}]
+        try:
+            content = read_text(file)
+        except LfmEdgeError as error:
+            raise ExportError(f"--bake-prompt {error}") from None
+        messages: list[Message] = [{"role": "system", "content": content.rstrip("\n")}]
         try:
             tokens = tokenizer.chat(messages, answer=False)
             asked = tokenizer.chat([*messages, {"role": "user", "content": "."}])
@@ -60,15 +65,3 @@ def bake(directory: Path, manifest: Manifest, prompt: SystemPrompt, progress: Pr
         progress.advance()
     session.save(directory / BAKED_PROMPT_FILE, prompt.messages)
     return replace(manifest, baked_prompt=BakedPrompt(BAKED_PROMPT_FILE, len(prompt.tokens)))
-
-
-def _read(file: Path) -> str:
-    try:
-        text = file.read_text("utf-8-sig").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise ExportError(f"--bake-prompt {file}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise ExportError(f"--bake-prompt {file}: cannot be read ({error.strerror})") from None
-    if not text.strip():
-        raise ExportError(f"--bake-prompt {file}: is empty")
-    return text

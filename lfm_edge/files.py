@@ -22,6 +22,19 @@ def read_json_object(path: Path, failure: type[LfmEdgeError]) -> dict[str, Any]:
     return value
 
 
+def read_text(path: Path) -> str:
+    """A text file of the user's, without a byte-order mark. Raises LfmEdgeError where there is no text in it."""
+    try:
+        content = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LfmEdgeError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise LfmEdgeError(f"{path}: cannot be read ({error.strerror})") from None
+    if not content.strip():
+        raise LfmEdgeError(f"{path}: is empty")
+    return content
+
+
 def text(value: Any) -> str:
     """A value of a JSON file that must be text. Raises ValueError where it is something else."""
     if not isinstance(value, str):

@@ -51,11 +51,10 @@ class NpuSession(Session):
     run: a length (1 or `chunk`) and the inputs of the program for it, by name -> its outputs, by name
     """
 
-    arithmetic = "int16"
-
     def __init__(self, config: ModelConfig, spec: StateSpec, chunk: int, embed: Embed, run: Run,
-                 remark: str = "") -> None:
+                 arithmetic: str = "int16", remark: str = "") -> None:
         super().__init__(spec, config.vocab_size, chunk)
+        self.arithmetic = arithmetic
         self.embed = embed
         self.run = run
         self.remark = remark

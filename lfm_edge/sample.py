@@ -11,6 +11,7 @@ from typing import Any
 from lfm_edge.checkpoint import TASKS_FILE
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import BundleError, LfmEdgeError
+from lfm_edge.files import read_text
 from lfm_edge.tokenizer import TextTokenizer
 
 LEAST_CALIBRATION_TOKENS = 256
@@ -155,19 +156,6 @@ def whole_chunks(tokens: Sequence[int], chunk: int, context: int, first: int) ->
     starts = range(0, len(tokens), length - 1)
     texts = ([first, *tokens[start:start + length - 1]] for start in starts) if length > 1 else ([first],)
     return tuple(text[:len(text) // chunk * chunk] for text in texts if len(text) >= chunk)
-def read_text(path: Path) -> str:
-    """A text file of the user's. Raises LfmEdgeError where it is missing, not UTF-8 or empty."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise LfmEdgeError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise LfmEdgeError(f"{path}: not UTF-8 text ({error})") from None
-    if not text.strip():
-        raise LfmEdgeError(f"{path}: holds no text")
-    return text
-
-
 def text_windows(tokenizer: TextTokenizer, vocab_size: int, text: str, length: int, most: int) -> list[list[int]]:
     """The first `most` tokens of a text, cut into windows of one length, at most `length`.
 

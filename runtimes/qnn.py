@@ -31,7 +31,8 @@ def open_session(bundle: Bundle, threads: int | None = None, soc: str | None = N
     host = Simulated(bundle.artifact, chip) if htp.is_simulated() else Device(bundle.artifact, chip)
     embed = Embedding(bundle.artifact / "embedding.onnx")
     manifest = bundle.manifest
-    return NpuSession(manifest.config, manifest.state, manifest.prefill_chunk, embed, host.run, host.remark)
+    arithmetic = "int16 of v68" if chip.htp_arch == 68 else "int16"
+    return NpuSession(manifest.config, manifest.state, manifest.prefill_chunk, embed, host.run, arithmetic, host.remark)
 
 
 def chips(bundle: Bundle) -> list[Soc]:

@@ -19,8 +19,10 @@ from lfm_edge.session import Logits, Session
 from lfm_edge.state import StateSpec
 
 # In float32 a few roundings: what sums of some hundred terms differ by. Where a program computes in fewer bits, its
-# sums are wider than that and its results are rounded: one rounding.
-_ROUNDING = {"float32": 2.0 ** -21, "float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "int16": 2.0 ** -10}
+# sums are wider than that and its results are rounded: one rounding. Of 16-bit integers a value uses some tenths of the
+# range; HTP v68 gives sums of their products to some 20 integers.
+_ROUNDING = {"float32": 2.0 ** -21, "float16": 2.0 ** -11, "bfloat16": 2.0 ** -8,
+             "int16": 2.0 ** -10, "int16 of v68": 2.0 ** -8}
 _SCORED_AT_ONCE = 64  # positions whose logits over the whole vocabulary are held at once
 
 

@@ -227,7 +227,7 @@ def test_a_bad_budget_is_one_line(run, bundle, budget):
 
 
 BAD_TEXTS = {
-    "empty": (b" \n\n ", "holds no text"), "not UTF-8": (b"\xff\xfe", "not UTF-8 text"),
+    "empty": (b" \n\n ", "is empty"), "not UTF-8": (b"\xff\xfe", "not UTF-8 text"),
 }
 
 

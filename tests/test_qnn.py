@@ -282,7 +282,7 @@ def test_what_cannot_be_honoured_is_refused(tmp_path, options, message):
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"Hi!\n\nHow are you?\n", f"calibration needs at least {LEAST_CALIBRATION_TOKENS}"),
-    (b"\n \n\n", "holds no text"), (b"\xff\xfe\xff", "not UTF-8 text"), (None, "cannot be read")])
+    (b"\n \n\n", "is empty"), (b"\xff\xfe\xff", "not UTF-8 text"), (None, "cannot be read")])
 def test_a_calibration_text_that_is_of_no_use_is_refused(tmp_path, content, message):
     text = tmp_path / "prompts.txt"
     if content is not None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import LfmEdgeError
+from lfm_edge.files import read_text
 from lfm_edge.model.decoder import DecoderLayer
 from lfm_edge.model.lowering import Linears, Lowering, Weight
 from lfm_edge.model.weights import LayerWeights
@@ -29,7 +30,7 @@ from lfm_edge.progress import Progress
 from lfm_edge.quantization.recipe import EMBEDDING, GROUP_SIZES, HEAD, MixedBits, Recipe, Scheme, recipe
 from lfm_edge.quantization.rounding import quantize
 from lfm_edge.quantization.walk import Walk
-from lfm_edge.sample import TEXT, prompt_windows, prompts_in, read_text, text_windows
+from lfm_edge.sample import TEXT, prompt_windows, prompts_in, text_windows
 from lfm_edge.tokenizer import TextTokenizer
 
 FLOAT = "float32"

@@ -10,6 +10,7 @@ from typing import Any
 from lfm_edge.bundle import Bundle, weights_digest
 from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.errors import BundleError, CheckpointError
+from lfm_edge.files import read_text
 from lfm_edge.harness import parity, quality
 from lfm_edge.harness.baked import baked_agreement
 from lfm_edge.model.weights import Weights
@@ -17,7 +18,7 @@ from lfm_edge.progress import Progress
 from lfm_edge.quantization.calibration import read_kv_scales, read_windows
 from lfm_edge.quantization.recipe import GPTQ
 from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.sample import read_text, sample_tokens, text_windows
+from lfm_edge.sample import sample_tokens, text_windows
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import reference_runtime
 
