@@ -10,6 +10,7 @@ from lfm_edge.checkpoint import open_checkpoint
 from lfm_edge.errors import ContextFull
 from lfm_edge.generation import generate
 from lfm_edge.harness.quality import read_tasks
+from lfm_edge.quantization.calibration import read_kv_scales
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.targets import TARGETS
 from runtimes.reference import ReferenceSession
@@ -37,8 +38,9 @@ def test_prompts_of_one_token_and_of_exactly_the_context(tmp_path, awkward_bundl
     bundle = export(checkpoint.source, target=target.name, output=tmp_path / "bundle", context=96, prefill_chunk=16,
                     compute_dtype=exact)
     manifest = bundle.manifest
-    reference = ReferenceSession(checkpoint.config, quantize_checkpoint(checkpoint, manifest.recipe),
-                                 manifest.state.for_reference(manifest.config), activations=target.activations)
+    weights = quantize_checkpoint(checkpoint, manifest.recipe) | read_kv_scales(bundle.directory)
+    reference = ReferenceSession(checkpoint.config, weights, manifest.state.for_reference(manifest.config),
+                                 activations=target.activations)
     session = bundle.session()
     for length in (1, manifest.prefill_chunk, manifest.prefill_chunk + 1, manifest.state.context):
         tokens = [20 + index % 250 for index in range(length)]
