@@ -28,7 +28,17 @@ from torch.export.graph_signature import InputKind
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
-from lfm_edge.model.static import HIDDEN, Place, Positions, StaticLowering, StaticProgram, Step, grouped, ungrouped
+from lfm_edge.model.static import (
+    HIDDEN,
+    Place,
+    Positions,
+    StaticLowering,
+    StaticProgram,
+    Step,
+    constants_of,
+    grouped,
+    ungrouped,
+)
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.tensor import QuantizedTensor
@@ -182,7 +192,8 @@ class MilWriter:
         placeholders = {name: self._placeholder(name, samples[argument]) for argument, name in names.items()}
         with Function(placeholders, opset_version=ct.target.iOS18) as function:
             values = {argument: self._read(function.inputs[name]) for argument, name in names.items()}
-            function.set_outputs(self._write_nodes(exported, values | _constants(exported)))
+            constants = {name: tensor.detach().numpy() for name, tensor in constants_of(exported).items()}
+            function.set_outputs(self._write_nodes(exported, values | constants))
         return function
 
     def _placeholder(self, name: str, sample: Tensor) -> Any:
@@ -240,13 +251,6 @@ class MilWriter:
         updated = mb.coreml_update_state(state=state, value=written)
         self.kept_in[updated] = state
         return updated
-
-
-def _constants(exported: ExportedProgram) -> dict[str, np.ndarray]:
-    """Parameters and buffers of a trace, by the names of its nodes. None is copied."""
-    held = {**exported.state_dict, **exported.constants}
-    return {spec.arg.name: held[spec.target].detach().numpy()
-            for spec in exported.graph_signature.input_specs if spec.kind != InputKind.USER_INPUT}
 
 
 def _binary(write: Callable[..., Var]) -> Callable[[Any, Any], Var]:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
-from lfm_edge.model.static import ShiftedSum, StaticLowering, StaticProgram
+from lfm_edge.model.static import ShiftedSum, StaticLowering, StaticProgram, constants_of
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.tensor import QuantizedTensor
 
@@ -198,8 +198,7 @@ class Steps:
     def run(self, operators: Operators, tokens: mx.array, *inputs: mx.array, **weights: mx.array) -> list[mx.array]:
         """One step. inputs: position, valid where it takes several tokens, and the state"""
         trace = self.traces[tokens.shape[1]]
-        tensors = {**trace.state_dict, **trace.constants}
-        held = [self._value(tensors[spec.target], weights) for spec in trace.graph_signature.input_specs if spec.target]
+        held = [self._value(tensor, weights) for tensor in constants_of(trace).values()]
         return list(Interpreter(trace.graph_module, operators).run(*held, tokens, *inputs))
 
     def _value(self, tensor: Tensor, weights: Arrays) -> Packed | mx.array:

@@ -7,12 +7,11 @@ each is packed when the external data file is written.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.onnx import ops
 
+from exporters.external_data import INLINE_BYTES, ExternalData
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
@@ -39,8 +39,6 @@ from lfm_edge.targets import StateLayout
 OPSET = 23  # the first with RMSNormalization
 MICROSOFT = "com.microsoft"
 INT8_MULTIPLY = 4  # MatMulNBits' accuracy level at which activations are rounded to 8 bits, too
-_ALIGNMENT = 4096  # of external tensors: whole pages, so that a runtime can map them
-_INLINE_BYTES = 1024  # smaller tensors stay in the graph
 _LARGEST_FILE = 2_000_000_000  # of external data: what a browser can hold in one buffer
 
 
@@ -405,30 +403,18 @@ def _write(model: ir.Model, packed: dict[int, Packed], path: Path) -> int:
 
     Gives the number of files of external data: as many as keep each below what a browser can hold.
     """
-    files: list[BinaryIO] = []
-    written: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
-    with contextlib.ExitStack() as stack:
+    with ExternalData(path.with_name(f"{path.name}_data"), _LARGEST_FILE) as file:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             constant = packed.get(_address(tensor))
-            if constant is None and tensor.nbytes < _INLINE_BYTES:
+            if constant is None and tensor.nbytes < INLINE_BYTES:
                 continue
             key = ("value", (id(tensor),)) if constant is None else constant.key
-            if key not in written:
-                data = np.ascontiguousarray(tensor.numpy() if constant is None else constant.make())
-                start = -(-files[-1].tell() // _ALIGNMENT) * _ALIGNMENT if files else 0
-                if not files or start + data.nbytes > _LARGEST_FILE:
-                    start = 0
-                    name = f"{path.name}_data" + (f"_{len(files)}" if files else "")
-                    files.append(stack.enter_context(path.with_name(name).open("wb")))
-                files[-1].seek(start)
-                files[-1].write(data.data)
-                written[key] = (Path(files[-1].name).name, start, data.nbytes)
-            name, offset, length = written[key]
-            value.const_value = ir.ExternalTensor(name, offset, length, tensor.dtype, shape=tensor.shape,
-                                                  name=value.name, base_dir=path.parent)
+            value.const_value = ir.ExternalTensor(
+                *file.place(key, tensor.numpy if constant is None else constant.make), tensor.dtype,
+                shape=tensor.shape, name=value.name, base_dir=path.parent)
     ir.save(model, path)
-    return len(files)
+    return len(file.files)
 
 
 def _operators(graph: ir.Graph) -> dict[str, Any]:

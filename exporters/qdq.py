@@ -6,11 +6,12 @@ Weights are 4- or 8-bit integers in a file beside the graphs; those with the sam
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,50 +20,33 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from exporters.external_data import INLINE_BYTES, ExternalData
 from lfm_edge.errors import ExportError
+from lfm_edge.model.static import constants_of
 from lfm_edge.quantization.packing import transposed_codes
 from lfm_edge.quantization.ranges import UNIT_INT8, Encoding, is_to_int8, mask_depth
 from lfm_edge.quantization.tensor import QuantizedTensor
 
 OPSET = 23  # the first with RMSNormalization
 _IR_VERSION = 11
-_ALIGNMENT = 4096  # of external tensors: whole pages, so that a compiler can map them
-_INLINE_BYTES = 1024  # smaller constants stay in the graph
 _TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.uint16): TensorProto.UINT16,
           np.dtype(np.int8): TensorProto.INT8, np.dtype(np.uint8): TensorProto.UINT8,
           np.dtype(np.int32): TensorProto.INT32, np.dtype(np.int64): TensorProto.INT64}
+_BITS = {TensorProto.INT4: 4, **{kind: 8 * dtype.itemsize for dtype, kind in _TYPES.items()}}
 
 
-class WeightsFile:
-    """The file that several graphs have their constants in, each once."""
+def constant(file: ExternalData, name: str, kind: int, shape: Sequence[int], make: Callable[[], np.ndarray],
+             key: str | None = None) -> TensorProto:
+    """A constant, in the graph where it is small. key: what tells it from others in the file, its name if nothing else
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: BinaryIO = path.open("wb")
-        self.places: dict[str, tuple[int, int]] = {}
-
-    def close(self) -> None:
-        self.file.close()
-
-    def constant(self, name: str, kind: int, shape: Sequence[int], make: Callable[[], np.ndarray],
-                 key: str | None = None) -> TensorProto:
-        """A constant. key: what tells it from others in the file, its name if nothing else
-
-        make: its bytes, asked for the first time that the key comes
-        """
-        key = key or name
-        if key not in self.places:
-            data = make()
-            if data.nbytes <= _INLINE_BYTES:
-                return helper.make_tensor(name, kind, shape, data.tobytes(), raw=True)
-            offset = self.file.seek(-(-self.file.tell() // _ALIGNMENT) * _ALIGNMENT)
-            self.file.write(np.ascontiguousarray(data).data)
-            self.places[key] = (offset, data.nbytes)
-        offset, length = self.places[key]
-        tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
+    make: its bytes, asked for the first time that the key comes
+    """
+    if math.prod(shape) * _BITS[kind] // 8 < INLINE_BYTES:
+        return helper.make_tensor(name, kind, shape, make().tobytes(), raw=True)
+    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+    for entry, value in file.place(key or name, make)._asdict().items():
+        tensor.external_data.add(key=entry, value=str(value))
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,7 @@ class GraphWriter:
     """
 
     def __init__(self, program: ExportedProgram, encodings: Mapping[str, Encoding],
-                 weights: Mapping[int, tuple[str, QuantizedTensor]], file: WeightsFile) -> None:
+                 weights: Mapping[int, tuple[str, QuantizedTensor]], file: ExternalData) -> None:
         self.constants = constants_of(program)
         self.encodings = encodings
         self.weights = weights
@@ -167,10 +151,10 @@ class GraphWriter:
         if weight.scales.shape[1] == 1:
             self._stored(f"{name}.scale", TensorProto.FLOAT, (rows,), lambda: weight.scales[:, 0].numpy())
             return self._node("DequantizeLinear", [name, f"{name}.scale"], f"{name}.real", axis=1)
-        multiples, units = weight.two_level_scales()
-        groups = multiples.shape[1]
-        self._stored(f"{name}.multiple", TensorProto.UINT8, (groups, rows), lambda: multiples.t().contiguous().numpy())
-        self._stored(f"{name}.unit", TensorProto.FLOAT, (rows,), units.numpy)
+        scales = functools.cache(weight.two_level_scales)
+        groups = weight.scales.shape[1]
+        self._stored(f"{name}.multiple", TensorProto.UINT8, (groups, rows), lambda: scales()[0].t().numpy())
+        self._stored(f"{name}.unit", TensorProto.FLOAT, (rows,), lambda: scales()[1].numpy())
         self._stored(f"{name}.no_offset", TensorProto.UINT8, (rows,), lambda: np.zeros(rows, np.uint8))
         scale = self._node("DequantizeLinear", [f"{name}.multiple", f"{name}.unit", f"{name}.no_offset"],
                            f"{name}.scale", axis=1)
@@ -214,13 +198,7 @@ class GraphWriter:
     def _stored(self, name: str, kind: int, shape: Sequence[int], make: Callable[[], np.ndarray],
                 key: str | None = None) -> None:
         if name not in self.initializers:
-            self.initializers[name] = self.file.constant(name, kind, shape, make, key)
-
-
-def constants_of(program: ExportedProgram) -> dict[str, Tensor]:
-    """Parameters and buffers of a trace, by the names of its nodes. None is copied."""
-    held = {**program.state_dict, **program.constants}
-    return {spec.arg.name: held[spec.target] for spec in program.graph_signature.input_specs if spec.target in held}
+            self.initializers[name] = constant(self.file, name, kind, shape, make, key)
 
 
 def _linear(writer: GraphWriter, node: fx.Node) -> None:

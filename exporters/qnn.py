@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -21,7 +21,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
-from exporters.qdq import GraphWriter, WeightsFile
+from exporters.external_data import ExternalData
+from exporters.qdq import GraphWriter, constant
 from lfm_edge import htp
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
@@ -33,10 +34,12 @@ from lfm_edge.model.weights import Weights
 from lfm_edge.npu import (
     CONV_ROWS,
     COS,
+    DECODE,
     EMBEDDINGS,
     LAST,
     LOGITS,
     MASK,
+    PREFILL,
     SIN,
     Arrays,
     NpuSession,
@@ -59,15 +62,12 @@ _LARGEST_PART = 700_000_000  # bytes of weights in one context binary: compiling
 
 
 def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> Artifact:
-    """Write the graphs, and what they compile to for each chip of the job, into `directory`.
-
-    Raises ExportError where an operator would not run on the NPU.
-    """
+    """Write the graphs into `directory`. Raises ExportError where the NPU has no operator for one of the trace."""
     (directory / DIRECTORY / GRAPHS).mkdir(parents=True)
     progress("write the embedding")
     _write_embedding(job.weights[EMBEDDING], directory / DIRECTORY)
-    lengths = {"prefill": job.prefill_chunk} if job.prefill_chunk > 1 else {}
-    lengths |= {"decode": 1}
+    lengths = {PREFILL: job.prefill_chunk} if job.prefill_chunk > 1 else {}
+    lengths |= {DECODE: 1}
     programs = {}
     for phase, length in lengths.items():
         progress(f"trace {phase}")
@@ -78,12 +78,16 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     progress("write the graphs")
     parts = _parts(job)
     nodes = _write_graphs(programs, measured, parts, directory / DIRECTORY / GRAPHS)
-    report: dict[str, Any] = {"parts": len(set(parts.values())), "nodes": nodes}
-    del programs
-    for soc in job.socs:
-        report[f"compiled for {soc.name}"] = _compile(soc, list(lengths), directory / DIRECTORY, progress)
-    report["peak memory of the export"] = _peak_memory()
-    return Artifact(DIRECTORY, report, _usage(job), measured)
+    return Artifact(DIRECTORY, {"parts": _number_of(parts), "nodes": nodes}, _usage(job), measured)
+
+
+def compile_for(socs: Sequence[Soc], directory: Path, progress: Callable[[str], None]) -> dict[str, str]:
+    """Compile the graphs in `directory` for each chip. Gives what there is to say of it.
+
+    Raises NpuError where an operator would not run on the NPU.
+    """
+    report = {f"compiled for {soc.name}": _compile(soc, directory / DIRECTORY, progress) for soc in socs}
+    return report | {"peak memory of the export": _peak_memory()}
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
@@ -144,7 +148,7 @@ class NpuLowering(StaticLowering):
         layers = []
         for index in range(parts):
             here = slice(index * rows, (index + 1) * rows)
-            part = QuantizedTensor(weight.ints[here], weight.scales[here], weight.bits)
+            part = weight[here]
             self.linears_made.append((weight, part, f".{index}"))
             layers.append(super().linear(part, None if bias is None else bias[here]))
         return Linears(layers)
@@ -310,8 +314,7 @@ def _measure(job: ExportJob, program: NpuProgram) -> Ranges:
     table = job.weights[EMBEDDING]
 
     def embed(tokens: list[int]) -> np.ndarray:
-        rows = QuantizedTensor(table.ints[tokens], table.scales[tokens], table.bits)
-        return rows.dequantize()[None].numpy()
+        return table[tokens].dequantize()[None].numpy()
 
     session = NpuSession(job.config, job.state, job.prefill_chunk, embed, run)
     for prompt in job.prompts:
@@ -336,28 +339,31 @@ def _parts(job: ExportJob) -> dict[int, int]:
     return parts
 
 
+def _number_of(parts: dict[int, int]) -> int:
+    return max(parts.values()) + 1
+
+
 def _write_graphs(programs: dict[str, NpuProgram], measured: Ranges, parts: dict[int, int],
                   directory: Path) -> dict[str, int]:
     """Write the graphs of all parts, and their constants into one file; the number of operators of each."""
     counts = {}
-    weights = WeightsFile(directory / "weights.data")
-    for phase, program in programs.items():
-        for index, model in enumerate(_models(program, measured, parts, weights)):
-            name = graph_name(phase, index, len(set(parts.values())))
-            onnx.save(model, directory / name)
-            counts[name] = sum(node.op_type not in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
-    weights.close()
+    with ExternalData(directory / "weights.data") as weights:
+        for phase, program in programs.items():
+            for index, model in enumerate(_models(program, measured, parts, weights)):
+                name = graph_name(phase, index, _number_of(parts))
+                onnx.save(model, directory / name)
+                counts[name] = sum(node.op_type not in ("QuantizeLinear", "DequantizeLinear")
+                                   for node in model.graph.node)
     return counts
 
 
-def _models(program: NpuProgram, measured: Ranges, parts: dict[int, int], file: WeightsFile) -> list[onnx.ModelProto]:
+def _models(program: NpuProgram, measured: Ranges, parts: dict[int, int], file: ExternalData) -> list[onnx.ModelProto]:
     """The graphs of a program, one for each part. What crosses from one to the next is a result and an input."""
     encodings = program.encodings(measured)
     graph = program.traced.graph
     results = dict(zip(graph.output_node().args[0], program.outputs, strict=True))
-    last = max(parts.values())
     models, crossing = [], {}
-    for part in range(last + 1):
+    for part in range(_number_of(parts)):
         here = [node for node in graph.nodes if node.op == "call_function" and _part_of(node, parts) == part]
         writer = GraphWriter(program.traced, encodings, program.weights, file)
         needed = {source: None for node in here for source in node.all_input_nodes
@@ -374,7 +380,7 @@ def _models(program: NpuProgram, measured: Ranges, parts: dict[int, int], file: 
         for node, name in [*results.items(), *crossing.items()]:
             if node in here:
                 writer.add_output(node, name)
-        models.append(writer.model(f"part {part} of {last + 1}"))
+        models.append(writer.model(f"part {part} of {_number_of(parts)}"))
     return models
 
 
@@ -385,7 +391,7 @@ def _part_of(node: fx.Node, parts: dict[int, int]) -> int:
     words = ranges.module_path(node).split(".")
     if words[0] == "layers":
         return parts[int(words[1])]
-    return max(parts.values()) if words[0] in ("embedding_norm", "lm_head") else 0
+    return _number_of(parts) - 1 if words[0] in ("embedding_norm", "lm_head") else 0
 
 
 def _write_embedding(table: QuantizedTensor, directory: Path) -> None:
@@ -394,11 +400,11 @@ def _write_embedding(table: QuantizedTensor, directory: Path) -> None:
     block = column_block(table)
     if not block:
         raise ExportError(f"{EMBEDDING}: {cols} columns; its kernel takes a multiple of 16")
-    file = WeightsFile(directory / "embedding.data")
-    codes = file.constant("codes", TensorProto.UINT8, (rows, cols * table.bits // 8),
-                          lambda: packing.block_codes(table))
-    scales = file.constant("scales", TensorProto.FLOAT, (rows, cols // block), lambda: packing.block_scales(table))
-    file.close()
+    with ExternalData(directory / "embedding.data") as file:
+        codes = constant(file, "codes", TensorProto.UINT8, (rows, cols * table.bits // 8),
+                         lambda: packing.block_codes(table))
+        scales = constant(file, "scales", TensorProto.FLOAT, (rows, cols // block),
+                          lambda: packing.block_scales(table))
     node = helper.make_node("GatherBlockQuantized", ["codes", "input_ids", "scales"], [EMBEDDINGS],
                             domain="com.microsoft", bits=table.bits, block_size=block, gather_axis=0, quantize_axis=1)
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "length"])
@@ -408,11 +414,11 @@ def _write_embedding(table: QuantizedTensor, directory: Path) -> None:
         "com.microsoft", 1)], ir_version=10, producer_name="lfm-edge"), directory / "embedding.onnx")
 
 
-def _compile(soc: Soc, phases: list[str], directory: Path, progress: Callable[[str], None]) -> str:
+def _compile(soc: Soc, directory: Path, progress: Callable[[str], None]) -> str:
     """Compile all graphs for one chip. Prefill and decode of a part have one context binary."""
     start = time.monotonic()
     (directory / soc.name).mkdir()
-    parts = list(zip(*(graphs_of(directory / GRAPHS, phase) for phase in phases), strict=True))
+    parts = list(zip(*graphs_of(directory / GRAPHS).values(), strict=True))
     for number, together in enumerate(parts, 1):
         progress(f"compile for {soc.name} ({soc.product})" + (f", part {number} of {len(parts)}" if parts[1:] else ""))
         htp.compile_together(together, soc, directory / soc.name)

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lfm_edge.errors import LfmEdgeError
+from lfm_edge.presets import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from lfm_edge.bundle import Bundle
@@ -30,7 +31,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 out = Console()
 err = Console(stderr=True)
 
-DEFAULT_MODEL = "LiquidAI/LFM2.5-1.2B-Instruct"
 Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id (owner/name), or random:PRESET for random "
                                          "weights at a published size, such as random:lfm2.5-1.2b.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory, as `export` writes it.", show_default=False)]
@@ -94,9 +94,10 @@ def export(
              "between. (default: sm8750)", show_default=False)] = None,
     rounding: Annotated[str, typer.Option(help="nearest: each weight to the nearest code. gptq: by what the layers "
                                                "make of a text; takes minutes, and costs less quality.")] = "nearest",
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text with prompts separated by blank lines; the "
-                                                          "built-in prompts where none is given.",
-                                                     show_default=False)] = None,
+    calibration: Annotated[Path | None, typer.Option(
+        help="UTF-8 text with prompts separated by blank lines, for what is measured on a text: activations of NPU "
+             "targets, an int8 KV cache, --rounding gptq. (default: the prompts that the checkpoint ships or built-in "
+             "ones; for gptq a built-in text)", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option(help="Which linear layers have 4 bits and which 8: a file that "
                                                      "`sensitivity --output` wrote.", show_default=False)] = None,
     bake_prompt: Annotated[Path | None, typer.Option(
@@ -114,8 +115,7 @@ def export(
         bundle = run(model, target=target, output=output, context=context, prefill_chunk=prefill_chunk,
                      group_size=group_size, head_bits=head_bits, compute_dtype=compute_dtype, kv_dtype=kv_dtype,
                      state=state, soc=soc, rounding=rounding, calibration=calibration, recipe=recipe,
-                     bake_prompt=bake_prompt, force=force,
-                     progress=progress)
+                     bake_prompt=bake_prompt, force=force, progress=progress)
     _show_bundle(bundle)
     where = escape(str(output))
     out.print(f"\nwritten to [bold]{where}[/]; next: lfm-edge verify {where}", soft_wrap=True)
@@ -219,7 +219,7 @@ def bench(
     """Measure load time, time to first token, tokens per second and memory.
 
     Exits with 1 where a bundle is over the budget or the memory limit. Bundles for Apple's runtimes are measured on a
-    Mac only.
+    Mac only, those for the NPU on a Snapdragon device.
     """
     from lfm_edge.harness.memory import parse_bytes
 

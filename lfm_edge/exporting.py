@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.model.weights import Weights
+from lfm_edge.presets import DEFAULT_MODEL
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.calibration import (
     CALIBRATION_TOKENS,
@@ -43,7 +45,6 @@ from lfm_edge.state import StateSpec
 from lfm_edge.targets import Target, target_named
 from lfm_edge.tokenizer import TextTokenizer
 
-DEFAULT_MODEL = "LiquidAI/LFM2.5-1.2B-Instruct"
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 128
 
@@ -128,8 +129,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     # Conv states come and go as real numbers, where the program computes in integers.
     layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout,
                           "float32" if compute_dtype == "int16" else compute_dtype)
-    needs_prompts = chosen.calibrated or layout.needs_kv_scales
-    given = _prompts(chosen, calibration, needs_prompts or rounding == GPTQ)
+    given = _prompts(chosen, calibration, chosen.calibrated or layout.needs_kv_scales or rounding == GPTQ)
     with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
         prompt = None if bake_prompt is None else SystemPrompt.of(Path(bake_prompt), TextTokenizer(directory), context)
@@ -137,17 +137,20 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         progress.stage("quantize", len(checkpoint.names))
         weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance(), windows)
         digest = weights_digest(weights)
-        tokens = (calibration_tokens(TextTokenizer(directory), checkpoint.config, given or default_prompts(directory))
-                  if needs_prompts else [])
-        if layout.needs_kv_scales:
-            progress.stage("calibrate the 8-bit KV cache", checkpoint.config.num_layers)
-            text = torch.tensor([tokens[:min(CALIBRATION_TOKENS, context)]])
-            scales = calibrate_kv(checkpoint.config, weights, bits.activations, text, progress.advance)
-            write_kv_scales(scales, directory)
-            weights |= scales
-        texts = whole_chunks(tokens, prefill_chunk, context, checkpoint.config.bos_token_id)
+        texts: tuple[list[int], ...] = ()
+        if chosen.calibrated or layout.needs_kv_scales:
+            tokens = calibration_tokens(TextTokenizer(directory), checkpoint.config,
+                                        given or default_prompts(directory))
+            if layout.needs_kv_scales:
+                weights |= _kv_scales(checkpoint.config, layout, weights, bits, tokens, directory, progress)
+            if chosen.calibrated:
+                texts = whole_chunks(tokens, prefill_chunk, context, checkpoint.config.bos_token_id)
         job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, texts, socs)
         artifact = chosen.exporter().export(job, directory, progress.stage)
+        if socs:
+            weights.clear()
+            gc.collect()  # traces of the network, which refer to themselves; the compilers need their memory
+            artifact.lowering.update(chosen.exporter().compile_for(socs, directory, progress.stage))
         manifest = _manifest(checkpoint, chosen, job, artifact, digest)
         if prompt:
             progress.stage("bake the prompt", -(-len(prompt.tokens) // job.prefill_chunk))
@@ -223,6 +226,16 @@ def _calibration_windows(config: ModelConfig, directory: Path,
                                           length, MOST_TOKENS))
     write_windows(windows, directory)
     return windows
+
+
+def _kv_scales(config: ModelConfig, layout: StateSpec, weights: Weights, bits: Recipe, tokens: list[int],
+               directory: Path, progress: Progress) -> dict[str, torch.Tensor]:
+    """Scales of an 8-bit KV cache, measured on a text; the bundle keeps them."""
+    progress.stage("calibrate the 8-bit KV cache", config.num_layers)
+    text = torch.tensor([tokens[:min(CALIBRATION_TOKENS, layout.context)]])
+    scales = calibrate_kv(config, weights, bits.activations, text, progress.advance)
+    write_kv_scales(scales, directory)
+    return scales
 
 
 def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact, digest: str) -> Manifest:

@@ -15,6 +15,7 @@ import onnxruntime
 import onnxruntime_qnn
 
 from lfm_edge.errors import LfmEdgeError
+from lfm_edge.ort import session_options
 from lfm_edge.progress import native_messages_hidden
 from lfm_edge.socs import SOCS, Soc
 
@@ -77,16 +78,8 @@ def _compile(soc: Soc, output: Path, graphs: Sequence[Path]) -> None:
          for graph in graphs]
 
 
-def placement(session: onnxruntime.InferenceSession) -> Counter[str]:
-    """How many nodes each provider has taken, as ONNX Runtime recorded it while it divided the graph."""
-    return Counter({part.ep_name: len(part.get_nodes()) for part in session.get_provider_graph_assignment_info()})
-
-
 def _session(graph: Path, device: dict[str, str], entries: dict[str, str]) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised as well
-    for name, value in entries.items():
-        options.add_session_config_entry(name, value)
+    options = session_options(entries)
     with native_messages_hidden():
         options.add_provider_for_devices(_devices(), device)
         return onnxruntime.InferenceSession(graph, options)

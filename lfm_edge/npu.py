@@ -20,6 +20,7 @@ from lfm_edge.state import StateSpec
 
 EMBEDDINGS, COS, SIN, MASK, CONV_ROWS, LAST = "inputs_embeds", "cos", "sin", "past_mask", "conv_rows", "last"
 LOGITS = "logits"
+PREFILL, DECODE = "prefill", "decode"
 
 # How rows [1, T, kv_heads, head_dim], as a program gives them, are turned to lie as in their cache.
 _AS_CACHED = {"key": (0, 2, 3, 1), "value": (0, 2, 1, 3)}
@@ -39,9 +40,11 @@ def graph_name(phase: str, part: int, parts: int) -> str:
     return f"{phase}.onnx" if parts == 1 else f"{phase}.{part}.onnx"
 
 
-def graphs_of(directory: Path, phase: str) -> list[Path]:
-    """The graphs of `prefill` or `decode` in a directory, part by part."""
-    return sorted(directory.glob(f"{phase}*.onnx"), key=lambda path: (len(path.name), path.name))
+def graphs_of(directory: Path) -> dict[str, list[Path]]:
+    """The graphs in a directory, part by part: of `prefill`, where there is one, and of `decode`."""
+    phases = {phase: sorted(directory.glob(f"{phase}*.onnx"), key=lambda path: (len(path.name), path.name))
+              for phase in (PREFILL, DECODE)}
+    return {phase: graphs for phase, graphs in phases.items() if graphs}
 
 
 class NpuSession(Session):

@@ -10,6 +10,8 @@ from typing import Any
 
 from lfm_edge.config import ATTENTION, CONV
 
+DEFAULT_MODEL = "LiquidAI/LFM2.5-1.2B-Instruct"  # what the commands take where no model is named
+
 _ATTENTION_OF_14 = (2, 4, 6, 8, 10, 12)
 _ATTENTION_OF_16 = (2, 5, 8, 10, 12, 14)
 _ATTENTION_OF_30 = (2, 5, 9, 13, 17, 21, 24, 27)

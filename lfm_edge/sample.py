@@ -156,6 +156,8 @@ def whole_chunks(tokens: Sequence[int], chunk: int, context: int, first: int) ->
     starts = range(0, len(tokens), length - 1)
     texts = ([first, *tokens[start:start + length - 1]] for start in starts) if length > 1 else ([first],)
     return tuple(text[:len(text) // chunk * chunk] for text in texts if len(text) >= chunk)
+
+
 def text_windows(tokenizer: TextTokenizer, vocab_size: int, text: str, length: int, most: int) -> list[list[int]]:
     """The first `most` tokens of a text, cut into windows of one length, at most `length`.
 

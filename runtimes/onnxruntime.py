@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
 import torch
 
+from lfm_edge import ort
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
 from lfm_edge.session import Logits, Session
@@ -46,33 +46,23 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
 
 
 def stored_constants(bundle: Bundle) -> set[bytes]:
-    """SHA-256 of every constant that the bundle's graph keeps in external data.
+    """SHA-256 of every constant of the bundle's graph.
 
     Raises BundleError where the graph is unreadable, or refers to data outside its directory.
     """
-    try:
-        graph = onnx_ir.load(bundle.artifact).graph
-        return {hashlib.sha256(value.const_value.tobytes()).digest() for value in graph.initializers.values()
-                if isinstance(value.const_value, onnx_ir.ExternalTensor)}
-    except Exception as error:  # protobuf and mmap raise what they like on damaged files
-        raise BundleError(f"{bundle.artifact}: not a readable ONNX graph ({error})") from None
+    return set(ort.constants(bundle.artifact))
 
 
 def load(path: Path, threads: int | None = None, pack_into: Path | None = None) -> onnxruntime.InferenceSession:
     """Load a graph. pack_into: a directory to save it in, weights packed. Raises BundleError where that fails."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 4  # what goes wrong is raised as well
+    options = ort.session_options(threads=threads)
     if pack_into is not None:
         options.optimized_model_filepath = str(pack_into / _GRAPH)
         for name, value in (("save_external_prepacked_constant_initializers", "1"),
                             ("optimized_model_external_initializers_file_name", _DATA),
                             ("optimized_model_external_initializers_min_size_in_bytes", "1024")):
             options.add_session_config_entry(f"session.{name}", value)
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the binding raises a class of its own for each status
-        raise BundleError(f"{path}: ONNX Runtime cannot load it ({error})") from None
+    return ort.load_on_cpu(path, options)
 
 
 def packed_graph(bundle: Bundle) -> Path:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import mmap
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 
-from lfm_edge import htp
+from lfm_edge import htp, ort
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
-from lfm_edge.npu import EMBEDDINGS, Arrays, NpuSession, graphs_of
+from lfm_edge.npu import DECODE, EMBEDDINGS, PREFILL, Arrays, NpuSession, graphs_of
 from lfm_edge.session import Session
 from lfm_edge.socs import SOCS, Soc
 
@@ -60,69 +57,34 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
 
     Raises BundleError where a graph is unreadable, or refers to data outside its directory.
     """
-    found: set[bytes] = set()
-    for path in [bundle.artifact / "embedding.onnx", *sorted((bundle.artifact / "graphs").glob("*.onnx"))]:
-        try:
-            graph = onnx.load(path, load_external_data=False).graph
-            found.update(hashlib.sha256(data).digest() for data in _stored(graph, path))
-        except BundleError:
-            raise
-        except Exception as error:  # protobuf raises what it likes on damaged files
-            raise BundleError(f"{path}: not a readable ONNX graph ({error})") from None
-    return found
-
-
-def _stored(graph: onnx.GraphProto, path: Path) -> Iterator[bytes]:
-    for tensor in graph.initializer:
-        if not tensor.external_data:
-            yield tensor.raw_data
-            continue
-        entry = {item.key: item.value for item in tensor.external_data}
-        if Path(entry["location"]).name != entry["location"]:
-            raise BundleError(f"{path}: refers to {entry['location']}, which is not beside it")
-        with (path.parent / entry["location"]).open("rb") as file, \
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            yield view[int(entry["offset"]):int(entry["offset"]) + int(entry["length"])]
+    graphs = [bundle.artifact / "embedding.onnx", *sorted((bundle.artifact / "graphs").glob("*.onnx"))]
+    return {digest for path in graphs for digest in ort.constants(path)}
 
 
 class Embedding:
     """`embedding.onnx`, on the CPU."""
 
     def __init__(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 4  # what goes wrong is raised as well
-        try:
-            self.program = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the binding raises a class of its own for each status
-            raise BundleError(f"{path}: ONNX Runtime cannot load it ({error})") from None
+        self.program = ort.load_on_cpu(path, ort.session_options(threads=1))
 
     def __call__(self, tokens: list[int]) -> np.ndarray:
         """float32 [1, T, hidden]"""
         return self.program.run([EMBEDDINGS], {"input_ids": np.array([tokens], np.int64)})[0]
 
 
-class Host:
+class Host(ABC):
     """Runs the parts of a program one after the other, each given what it asks for by name."""
 
     remark = ""
 
-    def __init__(self, directory: Path, soc: Soc) -> None:
-        self.directory = directory
-        self.soc = soc
-        self.loaded: dict[str, list[onnxruntime.InferenceSession]] = {}
-
-    def load(self, phase: str) -> list[onnxruntime.InferenceSession]:
-        """The graphs of `prefill` or `decode`. Raises NpuError."""
-        raise NotImplementedError
+    @abstractmethod
+    def programs(self, phase: str) -> list[onnxruntime.InferenceSession]:
+        """The loaded graphs of `prefill` or `decode`. Raises NpuError."""
 
     def run(self, length: int, inputs: Arrays) -> Arrays:
         """One step of `length` tokens: the outputs by name."""
-        phase = "decode" if length == 1 else "prefill"
-        if phase not in self.loaded:
-            self.loaded[phase] = self.load(phase)
         values = dict(inputs)
-        for program in self.loaded[phase]:
+        for program in self.programs(DECODE if length == 1 else PREFILL):
             names = [output.name for output in program.get_outputs()]
             given = {value.name: values[value.name] for value in program.get_inputs()}
             values |= dict(zip(names, program.run(names, given), strict=True))
@@ -136,21 +98,26 @@ class Simulated(Host):
     """
 
     def __init__(self, directory: Path, soc: Soc) -> None:
-        super().__init__(directory, soc)
+        self.graphs, self.soc = directory / "graphs", soc
+        self.loaded: dict[str, list[onnxruntime.InferenceSession]] = {}
         self.remark = _SIMULATED.format(soc.name, soc.product, soc.htp_arch)
 
-    def load(self, phase: str) -> list[onnxruntime.InferenceSession]:
-        return [htp.load(graph, self.soc) for graph in graphs_of(self.directory / "graphs", phase)]
+    def programs(self, phase: str) -> list[onnxruntime.InferenceSession]:
+        if phase not in self.loaded:
+            self.loaded[phase] = [htp.load(graph, self.soc) for graph in graphs_of(self.graphs)[phase]]
+        return self.loaded[phase]
 
 
 class Device(Host):
     """The context binaries, on the NPU itself. Prefill and decode are loaded together: they share their weights."""
 
     def __init__(self, directory: Path, soc: Soc) -> None:
-        super().__init__(directory, soc)
-        phases = [phase for phase in ("prefill", "decode") if graphs_of(directory / soc.name, phase)]
-        self.loaded = {phase: [] for phase in phases}
-        for part in zip(*(graphs_of(directory / soc.name, phase) for phase in phases), strict=True):
+        phases = graphs_of(directory / soc.name)
+        self.loaded: dict[str, list[onnxruntime.InferenceSession]] = {phase: [] for phase in phases}
+        for part in zip(*phases.values(), strict=True):
             for phase, graph in zip(phases, part, strict=True):
-                program = htp.load(graph, soc, shared=len(phases) > 1, last=phase == phases[-1])
+                program = htp.load(graph, soc, shared=len(phases) > 1, last=graph == part[-1])
                 self.loaded[phase].append(program)
+
+    def programs(self, phase: str) -> list[onnxruntime.InferenceSession]:
+        return self.loaded[phase]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.parity import Agreement, compare
+from lfm_edge.harness.stats import timed
 from lfm_edge.sample import sample_tokens
 from lfm_edge.saved import SavedSession
 from lfm_edge.session import Logits, Session
@@ -47,8 +47,8 @@ def first_token_times(bundle: Bundle, prompt_tokens: int, threads: int | None = 
         session.reset()
         session.prefill([*system, *prompt])
 
-    _seconds(prefilled)  # the first step of a runtime takes longer than any other
-    return FirstTokenTimes(_seconds(loaded), _seconds(prefilled))
+    prefilled()  # the first step of a runtime takes longer than any other
+    return FirstTokenTimes(timed(loaded)[0], timed(prefilled)[0])
 
 
 def baked_agreement(session: Session, bundle: Bundle, following: Sequence[int]) -> Agreement:
@@ -73,9 +73,3 @@ def _baked_tokens(bundle: Bundle) -> tuple[int, ...]:
     if bundle.baked_prompt is None:
         raise LfmEdgeError(f"{bundle.directory}: has no baked prompt; export --bake-prompt puts one in")
     return SavedSession.read(bundle.baked_prompt).snapshot.tokens
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -52,7 +52,7 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
     config, footprint = manifest.config, target_named(manifest.target).footprint
     table = stored_bytes((config.vocab_size, config.hidden_size), manifest.recipe.head, footprint)
     copies = footprint.tied_in_memory - footprint.tied_in_file if config.tie_embedding else 0
-    packed = sum(footprint.packed_bytes * _groups(shape, scheme)
+    packed = sum(footprint.packed_bytes * scale_count(shape, scheme)
                  for name, shape in config.weight_shapes().items()
                  if name != EMBEDDING and (scheme := manifest.recipe.scheme(name, shape)))
     return Prediction(
@@ -65,10 +65,10 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, footprint: Footprint) -> int:
     """Bytes of a quantized weight in the file. A scale for a whole row is a float32 everywhere."""
     scale = _FLOAT_BYTES if scheme.group_size is None else footprint.scale_bytes
-    return math.prod(shape) * scheme.bits // 8 + scale * _groups(shape, scheme)
+    return math.prod(shape) * scheme.bits // 8 + scale * scale_count(shape, scheme)
 
 
-def _groups(shape: tuple[int, ...], scheme: Scheme) -> int:
+def scale_count(shape: tuple[int, ...], scheme: Scheme) -> int:
     """How many scales a weight has."""
     return math.prod(shape) // (scheme.group_size or shape[-1])
 

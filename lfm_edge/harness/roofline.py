@@ -7,13 +7,13 @@ arithmetic is far below what a processor can do, and the slope of the roof is al
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 
 import torch
 
 from lfm_edge.bundle import Manifest
-from lfm_edge.harness.predict import stored_bytes
+from lfm_edge.harness.predict import scale_count, stored_bytes
+from lfm_edge.harness.stats import timed
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.targets import target_named
 
@@ -35,15 +35,9 @@ def read_bandwidth(threads: int, cache_bytes: int = 0) -> float:
         floats = torch.ones(count)
         integers, matrix, vector = floats.view(torch.int64), floats.view(-1, _COLUMNS), torch.ones(_COLUMNS)
         ways: tuple[Callable[[], torch.Tensor], ...] = (floats.sum, integers.sum, lambda: matrix @ vector)
-        return floats.nbytes / min(_seconds(way) for way in ways for _ in range(_PASSES))
+        return floats.nbytes / min(timed(way)[0] for way in ways for _ in range(_PASSES))
     finally:
         torch.set_num_threads(before)
-
-
-def _seconds(work: Callable[[], torch.Tensor]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def step_bytes(manifest: Manifest, filled: float) -> int:
@@ -60,8 +54,7 @@ def step_bytes(manifest: Manifest, filled: float) -> int:
         if scheme is None:
             total += math.prod(shape) * width
         elif name != EMBEDDING or config.tie_embedding:
-            groups = math.prod(shape) // (scheme.group_size or shape[-1])
-            total += stored_bytes(shape, scheme, footprint) + footprint.packed_bytes * groups
+            total += stored_bytes(shape, scheme, footprint) + footprint.packed_bytes * scale_count(shape, scheme)
     if not config.tie_embedding:
         total += config.hidden_size * manifest.recipe.head.bits / 8
     cache = manifest.state.nbytes_of(conv=False) * filled / manifest.state.context

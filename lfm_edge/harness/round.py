@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from lfm_edge.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.limit import MemoryLimit, memory_limit
 from lfm_edge.harness.memory import Memory, forbid_locking, read_memory, reset_peak
+from lfm_edge.harness.stats import timed
 from lfm_edge.sample import sample_tokens
 from lfm_edge.session import Logits, Session
 
@@ -180,10 +180,10 @@ def measure_round(plan: Plan, limit: MemoryLimit | None = None) -> Round:
     if limit:
         limit.enter()
     recorder.begin("load")
-    load_s, session = _timed(lambda: bundle.session(plan.threads))
+    load_s, session = timed(lambda: bundle.session(plan.threads))
     recorder.note("load", 0)
     recorder.begin("first prefill")
-    first_token_s, _ = _timed(lambda: session.prefill(prompt[:plan.prompts[0]]))
+    first_token_s, _ = timed(lambda: session.prefill(prompt[:plan.prompts[0]]))
     recorder.note("first prefill", session.position)
     points = [_at_prompt(session, prompt[:length], plan.generate, recorder) for length in plan.prompts]
     points += [_at_fill(session, prompt, fill, plan.generate, recorder) for fill in plan.fills]
@@ -206,9 +206,9 @@ def _at_fill(session: Session, prompt: list[int], fill: int, generate: int, reco
 
 
 def _point(session: Session, kind: str, tokens: int, part: list[int], generate: int, recorder: _Recorder) -> Point:
-    prefill_s, logits = _timed(lambda: session.prefill(part))
+    prefill_s, logits = timed(lambda: session.prefill(part))
     recorder.note("prefill", session.position)
-    decode_s, _ = _timed(lambda: _decode(session, logits, generate))
+    decode_s, _ = timed(lambda: _decode(session, logits, generate))
     recorder.note("decode", session.position)
     return Point(kind, tokens, len(part), prefill_s, generate, decode_s)
 
@@ -236,13 +236,6 @@ def _decode(session: Session, logits: Logits, count: int) -> Logits:
     for _ in range(count):
         logits = session.decode(int(logits.argmax()))
     return logits
-
-
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that it took, and what it gave."""
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
 
 
 def _main() -> None:

@@ -1,15 +1,26 @@
-"""Medians with their spread, and how sure a ratio of medians is."""
+"""Times, medians with their spread, and how sure a ratio of medians is."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 _RESAMPLES = 10_000
 _CONFIDENCE = 0.95
+
+Result = TypeVar("Result")
+
+
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds that it took, and what it gave."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.nn import functional as F
 
 from lfm_edge.config import ModelConfig
@@ -245,6 +246,13 @@ def ungrouped(out: Tensor, length: int) -> Tensor:
     """[1, kv_heads, G*T, D] -> [1, T, heads, D]"""
     _, kv_heads, rows, width = out.shape
     return out.reshape(1, kv_heads * rows // length, length, width).transpose(1, 2)
+
+
+def constants_of(program: ExportedProgram) -> dict[str, Tensor]:
+    """Parameters and buffers of a trace, by the names of its nodes, in the order of its inputs."""
+    held = {**program.state_dict, **program.constants}
+    return {spec.arg.name: held[spec.target] for spec in program.graph_signature.input_specs
+            if spec.kind != InputKind.USER_INPUT}
 
 
 class StaticProgram(nn.Module):

@@ -25,7 +25,7 @@ from lfm_edge.quantization.walk import Walk
 
 KV_SCALES_FILE = "kv_scales.safetensors"
 WINDOWS_FILE = "calibration.json"
-CALIBRATION_TOKENS = 512  # of the built-in text, for a KV cache
+CALIBRATION_TOKENS = 512  # at most, for a KV cache
 WINDOW, MOST_TOKENS = 256, 4096  # of the prompts that weights are rounded by
 _HEADROOM = 1.25  # how far other texts may go beyond this one before they are clipped
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+
+from lfm_edge.model.static import constants_of
 
 HEADROOM = 1.5  # how far other texts may go beyond the measured ones: half a bit of 16, and clipping costs more
 _HIDDEN = 1e4
@@ -107,16 +108,14 @@ def module_path(node: fx.Node) -> str:
 
 
 class Watched(fx.Interpreter):
-    """Runs a trace, and keeps the smallest and largest number of every value.
+    """Runs a trace, and keeps the smallest and largest number of every value that has a range of its own.
 
     ranges: what has been seen so far, by name
     """
 
     def __init__(self, program: ExportedProgram, names: Mapping[str, str]) -> None:
         super().__init__(program.graph_module)
-        held = {**program.state_dict, **program.constants}
-        self.constants = [held[spec.target] for spec in program.graph_signature.input_specs
-                          if spec.kind != InputKind.USER_INPUT]
+        self.constants = list(constants_of(program).values())
         self.names = names
         self.ranges: Ranges = {}
 
@@ -127,9 +126,11 @@ class Watched(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self.names and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+        if (n.name in self.names and not _has_no_range(n) and isinstance(value, Tensor) and value.is_floating_point()
+                and value.numel()):
+            smallest, largest = map(float, value.aminmax())
             low, high = self.ranges.get(self.names[n.name], (0.0, 0.0))
-            self.ranges[self.names[n.name]] = (min(low, float(value.min())), max(high, float(value.max())))
+            self.ranges[self.names[n.name]] = (min(low, smallest), max(high, largest))
         return value
 
 
@@ -183,6 +184,11 @@ def is_masked(node: fx.Node) -> bool:
 def is_to_int8(node: fx.Node) -> bool:
     """Whether from this node on a value is 8-bit integers."""
     return _is(node, "to_int8")
+
+
+def _has_no_range(node: fx.Node) -> bool:
+    """Whether what a node gives has the range of something else, or one that is known."""
+    return str(node.target) in MOVES | SHARES or is_masked(node)
 
 
 def _is(node: fx.Node, operator: str) -> bool:

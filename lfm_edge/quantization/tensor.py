@@ -34,6 +34,10 @@ class QuantizedTensor:
         """Input columns that share a scale; the whole row where quantization is per channel."""
         return self.ints.shape[1] // self.scales.shape[1]
 
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> QuantizedTensor:
+        """Some of the rows."""
+        return QuantizedTensor(self.ints[rows], self.scales[rows], self.bits)
+
     def dequantize(self) -> Tensor:
         """float32 [rows, cols]"""
         return dequantize(self.ints, self.scales)

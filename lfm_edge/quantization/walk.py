@@ -38,8 +38,7 @@ class Walk:
         """[B, T, hidden], without the rest of the table in floating point."""
         table = weights[EMBEDDING]
         if isinstance(table, QuantizedTensor):
-            rows = QuantizedTensor(table.ints[self.windows.flatten()], table.scales[self.windows.flatten()], table.bits)
-            return rows.dequantize().view(*self.windows.shape, -1).to(self.dtype)
+            return table[self.windows.flatten()].dequantize().view(*self.windows.shape, -1).to(self.dtype)
         return table[self.windows].to(self.dtype)
 
     def layer(self, index: int, weights: Mapping[str, Weight], lowering: Lowering) -> Step:
