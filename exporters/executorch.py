@@ -22,6 +22,8 @@ from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.program import _program as exir_program
+from executorch.exir.schema import DelegateCall
 from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers quantized_decomposed
 from torch.export import Dim, ExportedProgram
@@ -65,7 +67,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
             compile_config=EdgeCompileConfig(_check_ir_validity=False))
         edge._edge_programs["forward"] = _update_state_in_place(edge.exported_program())
     progress("plan memory and write model.pte")
-    with _quiet(), torch.no_grad():
+    with _quiet(), _last_delegate_first(), torch.no_grad():
         compiled = edge.to_executorch(ExecutorchBackendConfig(
             extract_delegate_segments=True, memory_planning_pass=MemoryPlanningPass(alloc_graph_input=internal)))
     with (directory / ARTIFACT).open("wb") as file:
@@ -405,6 +407,32 @@ def _needed_passes_only() -> Iterator[None]:
         yield
     finally:
         xnnpack_preprocess.XNNPACKPassManager = original
+
+
+@contextlib.contextmanager
+def _last_delegate_first() -> Iterator[None]:
+    """Let the runtime make the delegate of the head before the others.
+
+    It makes them in the order of their list, and while it packs a delegate, the weights of that are in memory twice.
+    The head is the largest of all: packed last, it sets the peak of a load. Calls name delegates by their index, so
+    the order is free; there is no option for it.
+    """
+    def emit(*arguments: Any) -> Any:
+        output = emit_original(*arguments)
+        for plan in output.program.execution_plan:
+            count = len(plan.delegates)
+            plan.delegates.insert(0, plan.delegates.pop()) if count else None
+            for call in (instruction.instr_args for chain in plan.chains for instruction in chain.instructions):
+                if isinstance(call, DelegateCall):
+                    call.delegate_index = (call.delegate_index + 1) % count
+        return output
+
+    emit_original = exir_program.emit_program
+    exir_program.emit_program = emit
+    try:
+        yield
+    finally:
+        exir_program.emit_program = emit_original
 
 
 @contextlib.contextmanager
