@@ -64,7 +64,7 @@ def targets() -> None:
 
     table = Table("target", "runs on", "weights", "artifact", "installed")
     for target in TARGETS.values():
-        hint = "yes" if target.installed else f"pip install 'lfm-edge[{target.exporter_name}]'"
+        hint = f"pip install '{target.to_install}'" if target.to_install else "yes"
         table.add_row(target.name, target.runs_on, target.weights, target.artifact, escape(hint))
     out.print(table)
 

@@ -75,9 +75,13 @@ class Target:
 
     bits: of the linear layers' weights
     exporter_name, runtime_name: its modules, `exporters.NAME` and `runtimes.NAME`; the extra has the exporter's name
-    requires: packages that must be importable for it, the runtime first
+    requires: packages that must be importable for it, the runtime first; where its runtime is an extra of its own,
+        those of the exporter
+    runtime_requires: packages that its runtime needs besides; the extra then has the runtime's name
     compute_dtypes: in what the program may compute, the default first
-    kv_dtypes: of caches, the default first; a floating-point one must be the one that the program computes in
+    kv_dtypes: of caches, the default first; a floating-point one must be the one that the program computes in, unless
+        the runtime converts
+    converts_kv: whether it does
     footprint: what its runtime holds in memory
     two_level: whether 4-bit scales are multiples of one for each row (see `quantization.recipe.Scheme`)
     calibrated: whether activations have constant scales, which are measured on prompts
@@ -106,6 +110,8 @@ class Target:
     two_level: bool = False
     calibrated: bool = False
     compiled: bool = False
+    runtime_requires: tuple[str, ...] = ()
+    converts_kv: bool = False
 
     @property
     def is_measured_here(self) -> bool:
@@ -113,9 +119,10 @@ class Target:
         return bool({sys.platform, f"{sys.platform}-{platform.machine()}"} & set(self.measured_on))
 
     @property
-    def installed(self) -> bool:
-        """Whether the backend's packages are there."""
-        return not self._missing
+    def to_install(self) -> str | None:
+        """What `pip install` needs to be told before it can be exported to and run; None where all is there."""
+        extra = self.runtime_name if self.runtime_requires else self.exporter_name
+        return f"lfm-edge[{extra}]" if _missing((*self.requires, *self.runtime_requires)) else None
 
     def exporter(self) -> ModuleType:
         """The module with `export(job, directory, progress)`. Raises ExportError where the backend is missing."""
@@ -123,17 +130,18 @@ class Target:
 
     def runtime(self) -> ModuleType:
         """The module with `open_session(bundle, threads)`. Raises ExportError where the backend is missing."""
+        missing = _missing(self.runtime_requires)
+        if missing:
+            raise ExportError(f"running {self.name} needs the package {missing[0]}: "
+                              f"pip install 'lfm-edge[{self.runtime_name}]'")
         return self._load(f"runtimes.{self.runtime_name}")
 
     def check_installed(self) -> None:
-        """Raises ExportError, with what to install, where the backend's package is missing."""
-        if self._missing:
-            raise ExportError(f"{self.name} needs the package {self._missing[0]}: "
+        """Raises ExportError, with what to install, where a package that `export` needs is missing."""
+        missing = _missing(self.requires)
+        if missing:
+            raise ExportError(f"{self.name} needs the package {missing[0]}: "
                               f"pip install 'lfm-edge[{self.exporter_name}]'")
-
-    @property
-    def _missing(self) -> list[str]:
-        return [package for package in self.requires if importlib.util.find_spec(package) is None]
 
     def _load(self, module: str) -> ModuleType:
         self.check_installed()
@@ -144,6 +152,10 @@ class Target:
             return importlib.import_module(module)
         finally:
             logging.disable(previous)
+
+
+def _missing(packages: tuple[str, ...]) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
 # XNNPACK rounds activations exactly as the reference does, so what is left is the order of float32 sums: 1e-6 of
@@ -207,6 +219,15 @@ _NPU = {
     "two_level": True, "calibrated": True, "compiled": True,
 }
 
+_GGUF_PARITY = _XNNPACK_PARITY
+
+_GGUF = {
+    "exporter_name": "gguf", "runtime_name": "llamacpp", "requires": ("gguf",), "runtime_requires": ("llama_cpp",),
+    "activations": "q8_0", "compute_dtypes": ("float32",), "kv_dtypes": ("float16", "float32"), "converts_kv": True,
+    "state_layout": StateLayout(), "state_modes": ("explicit",), "artifact": "model.gguf",
+    "runs_on": "llama.cpp", "footprint": Footprint(whole_cache=True),
+}
+
 TARGETS: dict[str, Target] = {target.name: target for target in (
     # Measured: 4 bits cost the trained toy 0.07 nats on text that it does not know, random weights at 1.2B 0.35,
     # and weights of another layer several. One task prompt of 60 more or less is 0.017.
@@ -232,6 +253,8 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
            thresholds=Thresholds(**_NPU_PARITY, quality_kl=0.5, task_drop=0.05), **_NPU),
     Target("npu-q8", bits=8, weights="int8 per channel, int16 activations",
            thresholds=Thresholds(**_NPU_PARITY, quality_kl=0.1, task_drop=0.02), **_NPU),
+    Target("gguf-q4", bits=4, weights="int4 groups, int8 head, int8 dynamic activations",
+           thresholds=Thresholds(**_GGUF_PARITY, quality_kl=0.5, task_drop=0.05), **_GGUF),
 )}
 
 
