@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import struct
 import weakref
@@ -69,11 +70,21 @@ def _context_params(manifest: Manifest, threads: int | None) -> Any:
     params.n_ctx = manifest.state.context
     params.n_batch = params.n_ubatch = manifest.prefill_chunk
     params.n_threads = params.n_threads_batch = threads or len(os.sched_getaffinity(0))
-    caches = {tensor.dtype for tensor in manifest.state.tensors if tensor.update == APPEND}
-    params.type_k = params.type_v = _TYPES[caches.pop()] if caches else llama_cpp.GGML_TYPE_F16
-    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED  # what `auto` comes to; fixes how values lie
+    params.type_k = params.type_v = _TYPES[_cache_dtype(manifest.state)]
+    params.flash_attn_type = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if _is_flash(manifest.state)
+                              else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
     params.offload_kqv = params.op_offload = False
     return params
+
+
+def _cache_dtype(spec: StateSpec) -> str:
+    """The type of the caches; llama.cpp's own where there are none."""
+    return next((tensor.dtype for tensor in spec.tensors if tensor.update == APPEND), "float16")
+
+
+def _is_flash(spec: StateSpec) -> bool:
+    """Whether attention is fused, as it is by default. Fused attention makes float16 of keys and values first."""
+    return _cache_dtype(spec) == "float16"
 
 
 @contextmanager
@@ -94,11 +105,15 @@ def _errors() -> Iterator[list[str]]:
 
 
 class LlamaCppSession(Session):
-    """The state is in llama.cpp's memory; `state` copies it."""
+    """The state is in llama.cpp's memory; `state` copies it.
+
+    arithmetic: that of attention; everything else is float32
+    """
 
     def __init__(self, manifest: Manifest, model: Any, context: Any) -> None:
         _logger.set_verbose(False)
         self.context = context
+        self.arithmetic = _cache_dtype(manifest.state)
         self.memory = llama_cpp.llama_get_memory(context)
         self.layout = StateBytes(manifest.state, manifest.config)
         weakref.finalize(self, _free, context, model)
@@ -170,7 +185,8 @@ class StateBytes:
 
     After a mark come two parts, each with the positions that it has taken and a tensor for each layer, one row after
     the other: the cache, keys of all layers before values, a row for every position; and the convolutions, one row
-    that is the state after the last position. Rows are ours: [kv_heads, head_dim], [hidden, taps - 1].
+    that is the state after the last position. Rows are ours: [kv_heads, head_dim], [hidden, taps - 1]. Where attention
+    is not fused, values lie with their positions last.
     """
 
     _MARK = struct.pack("<Ii", 0xAF143CD8, _SEQUENCE)
@@ -195,17 +211,24 @@ class StateBytes:
                 start += len(part)
                 continue
             shape = part.filled_shape(position)
-            end = start + int(np.prod(shape)) * part.torch_dtype.itemsize
-            found[part.name] = torch.from_numpy(content[start:end].copy()).view(part.torch_dtype).view(shape)
+            end = start + math.prod(shape) * part.torch_dtype.itemsize
+            value = torch.from_numpy(content[start:end].copy()).view(part.torch_dtype)
+            found[part.name] = (value.view(-1, position).t().contiguous() if self._lies_last(part) else value).view(shape)
             start = end
         return [found[tensor.name] for tensor in self.spec.tensors]
 
     def write(self, tensors: Sequence[torch.Tensor], position: int) -> np.ndarray:
         """The bytes, uint8, of tensors in the order of the layout, caches cut to `position` rows, at least one."""
         named = {tensor.name: value for tensor, value in zip(self.spec.tensors, tensors, strict=True)}
-        return np.concatenate([
-            np.frombuffer(part, np.uint8) if isinstance(part, bytes)
-            else named[part.name].contiguous().flatten().view(torch.uint8).numpy() for part in self._parts(position)])
+
+        def content(part: bytes | StateTensor) -> np.ndarray:
+            if isinstance(part, bytes):
+                return np.frombuffer(part, np.uint8)
+            value = named[part.name]
+            value = value.reshape(position, -1).t() if self._lies_last(part) else value
+            return value.contiguous().flatten().view(torch.uint8).numpy()
+
+        return np.concatenate([content(part) for part in self._parts(position)])
 
     def _parts(self, position: int) -> Iterator[bytes | StateTensor]:
         """What stands there after `position` tokens: bytes, or the rows of a tensor."""
@@ -214,16 +237,21 @@ class StateBytes:
         yield self._MARK + struct.pack("<II", 1, position)  # one stream of so many cells
         cells = np.zeros((position, 3), np.int32)  # position, number of sequences, sequence
         cells[:, 0], cells[:, 1], cells[:, 2] = np.arange(position), 1, _SEQUENCE
-        yield cells.tobytes() + struct.pack("<II", 0, len(attention[0]))  # values are not transposed
+        yield cells.tobytes() + struct.pack("<II", not _is_flash(self.spec), len(attention[0]))
+        width = self.config.num_key_value_heads * self.config.head_dim
         for tensor in (*attention[0], *attention[1]):
-            row = self.config.num_key_value_heads * self.config.head_dim * tensor.torch_dtype.itemsize
-            yield struct.pack("<iQ", _TYPES[tensor.dtype], row)
+            size = tensor.torch_dtype.itemsize
+            lengths = struct.pack("<II", size, width) if self._lies_last(tensor) else struct.pack("<Q", width * size)
+            yield struct.pack("<i", _TYPES[tensor.dtype]) + lengths
             yield tensor
         yield struct.pack("<IiIII", 1, position - 1, 0, 0, self.config.num_layers)  # one cell, of no sequence
         for tensor in conv:
             yield struct.pack("<iQ", _TYPES[tensor.dtype], tensor.nbytes)
             yield tensor
         yield struct.pack("<iQ", _TYPES["float32"], 0) * len(conv)  # a second state, which LFM2 has not
+
+    def _lies_last(self, tensor: StateTensor) -> bool:
+        return tensor.kind == "value" and not _is_flash(self.spec)
 
     def _of_kind(self, kind: str) -> list[StateTensor]:
         return [tensor for tensor in self.spec.tensors if tensor.kind == kind]
