@@ -57,7 +57,8 @@ def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str,
 
 def check_expressible(config: ModelConfig) -> None:
     """Raises ExportError for a model that llama.cpp's LFM2 is not. Every published LFM2 is."""
-    needs = {"convolutions without bias": not config.conv_bias, "two conv taps or more": config.conv_taps > 1,
+    needs = {"an attention layer": bool(config.attention_layers), "a conv layer": bool(config.conv_layers),
+             "convolutions without bias": not config.conv_bias, "two conv taps or more": config.conv_taps > 1,
              "heads as wide as hidden_size / num_attention_heads":
                  config.head_dim * config.num_attention_heads == config.hidden_size}
     unmet = [need for need, is_met in needs.items() if not is_met]
