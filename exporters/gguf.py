@@ -32,10 +32,15 @@ _FORMATS = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
 
 
 def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> Artifact:
-    """Write `model.gguf` into `directory`. Raises ExportError where llama.cpp has no such model or tokenizer."""
+    """Write `model.gguf` into `directory`. Raises ExportError where llama.cpp has no such model or tokenizer.
+
+    4-bit weights come last. llama.cpp packs them anew for the processor, and gives up what it has mapped of the file
+    before the first and behind the last tensor that it reads from there.
+    """
     check_expressible(job.config)
     vocabulary = Vocabulary.of(TextTokenizer(directory), job.config)
-    formats = {name: tensor_format(name, weight) for name, weight in job.weights.items()}
+    formats = dict(sorted(((name, tensor_format(name, weight)) for name, weight in job.weights.items()),
+                          key=lambda item: item[1] is GGMLQuantizationType.Q4_0))
     progress("write the weights")
     writer = GGUFWriter(directory / MODEL, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
     add_dimensions(writer, job.config)

@@ -56,16 +56,20 @@ class Footprint:
 
     runtime_bytes: its own code and heap, seen with a model that takes next to nothing, on x86-64
     scale_bytes: of a group of quantized columns, in the file, with all that goes with the scale
+    block_columns: columns that share a scale in the file, in formats where that is one number for all weights
     packed_bytes: what packing adds to each group
     tied_in_file, tied_in_memory: how often a table that is embedding and head is there
+    packs_narrow_head: whether a table of 4 bits is there once more, packed for the head
     whole_cache: whether a session takes the memory of the whole context at once, not as it is filled
     """
 
     runtime_bytes: int = 0
     scale_bytes: int = 2
+    block_columns: int = 0
     packed_bytes: int = 0
     tied_in_file: int = 1
     tied_in_memory: int = 1
+    packs_narrow_head: bool = False
     whole_cache: bool = False
 
 
@@ -225,7 +229,7 @@ _GGUF = {
     "exporter_name": "gguf", "runtime_name": "llamacpp", "requires": ("gguf",), "runtime_requires": ("llama_cpp",),
     "activations": "q8_0", "compute_dtypes": ("float32",), "kv_dtypes": ("float16", "float32"), "converts_kv": True,
     "state_layout": StateLayout(), "state_modes": ("explicit",), "artifact": "model.gguf",
-    "runs_on": "llama.cpp", "footprint": Footprint(whole_cache=True),
+    "runs_on": "llama.cpp", "footprint": Footprint(8_000_000, block_columns=32, packs_narrow_head=True, whole_cache=True),
 }
 
 TARGETS: dict[str, Target] = {target.name: target for target in (

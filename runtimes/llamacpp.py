@@ -171,13 +171,7 @@ class LlamaCppSession(Session):
             raise LfmEdgeError(f"llama.cpp does not take the state back ({'; '.join(errors)})")
 
     def _repeat_rows(self, position: int) -> None:
-        rows = []
-        for tensor, kept in zip(self.spec.tensors, self._kept(), strict=True):
-            if tensor.update == APPEND:
-                kept = kept if self.position else torch.zeros(tensor.filled_shape(1), dtype=kept.dtype)
-                kept = kept.index_select(tensor.axis, torch.arange(position) % kept.shape[tensor.axis])
-            rows.append(kept)
-        self._put_back(rows, position)
+        self._put_back(self._kept(), position)
 
 
 class StateBytes:
@@ -218,17 +212,24 @@ class StateBytes:
         return [found[tensor.name] for tensor in self.spec.tensors]
 
     def write(self, tensors: Sequence[torch.Tensor], position: int) -> np.ndarray:
-        """The bytes, uint8, of tensors in the order of the layout, caches cut to `position` rows, at least one."""
+        """The bytes, uint8, of tensors in the order of the layout at `position`, which is not 0.
+
+        Caches with fewer rows are repeated up to it; one without any has zeros.
+        """
         named = {tensor.name: value for tensor, value in zip(self.spec.tensors, tensors, strict=True)}
+        content = bytearray()
+        for part in self._parts(position):
+            content += part if isinstance(part, bytes) else self._rows(part, named[part.name], position)
+        return np.frombuffer(content, np.uint8)
 
-        def content(part: bytes | StateTensor) -> np.ndarray:
-            if isinstance(part, bytes):
-                return np.frombuffer(part, np.uint8)
-            value = named[part.name]
-            value = value.reshape(position, -1).t() if self._lies_last(part) else value
-            return value.contiguous().flatten().view(torch.uint8).numpy()
-
-        return np.concatenate([content(part) for part in self._parts(position)])
+    def _rows(self, tensor: StateTensor, value: torch.Tensor, position: int) -> memoryview:
+        """What stands there of a tensor."""
+        if tensor.update == APPEND and value.shape[tensor.axis] < position:
+            value = value if value.numel() else torch.zeros(tensor.filled_shape(1), dtype=value.dtype)
+            value = value.index_select(tensor.axis, torch.arange(position) % value.shape[tensor.axis])
+        if self._lies_last(tensor):
+            value = value.reshape(position, -1).t()
+        return value.contiguous().flatten().view(torch.uint8).numpy().data
 
     def _parts(self, position: int) -> Iterator[bytes | StateTensor]:
         """What stands there after `position` tokens: bytes, or the rows of a tensor."""
