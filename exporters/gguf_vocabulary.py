@@ -102,8 +102,8 @@ def _entries(backend: Tokenizer, added: list[dict[str, Any]], size: int) -> tupl
     known |= {token["id"]: (token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
               for token in added}
     if max(known) >= size:
-        raise ExportError(f"tokenizer.json: has token {max(known)}, config.json a vocabulary of {size}; llama.cpp needs "
-                          "a row of the embedding for each")
+        raise ExportError(f"tokenizer.json: has token {max(known)}, config.json a vocabulary of {size}; llama.cpp "
+                          "needs a row of the embedding for each")
     for index, (token, kind) in known.items():
         tokens[index], types[index] = token, kind
     if len(set(tokens)) < size:

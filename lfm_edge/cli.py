@@ -84,7 +84,8 @@ def export(
         help="What the program computes in: float16, bfloat16 or float32, as far as the target has a choice. "
              "(default: the target's own)", show_default=False)] = None,
     kv_dtype: Annotated[str | None, typer.Option(
-        help="Type of the KV cache: int8, or the type that the program computes in. (default: the latter)",
+        help="Type of the KV cache: int8, or the type that the program computes in; for llama.cpp float16 or float32. "
+             "(default: the latter, or float16)",
         show_default=False)] = None,
     state: Annotated[str, typer.Option(help="explicit: the app owns the state, and can snapshot it. internal: the "
                                             "program does, as the stock LLM runners and Core ML's MLState want it.")

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import logging
 import math
-import os
 import struct
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from llama_cpp import _logger
 from lfm_edge.bundle import Bundle, Manifest
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import BundleError, LfmEdgeError
+from lfm_edge.harness.host import usable_cores
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec, StateTensor
 
@@ -61,7 +61,7 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
 def _model_params() -> Any:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # mapped, what is packed anew would be there twice while it loads
     return params
 
 
@@ -69,7 +69,7 @@ def _context_params(manifest: Manifest, threads: int | None) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = manifest.state.context
     params.n_batch = params.n_ubatch = manifest.prefill_chunk
-    params.n_threads = params.n_threads_batch = threads or len(os.sched_getaffinity(0))
+    params.n_threads = params.n_threads_batch = threads or usable_cores()
     params.type_k = params.type_v = _TYPES[_cache_dtype(manifest.state)]
     params.flash_attn_type = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if _is_flash(manifest.state)
                               else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
@@ -111,7 +111,8 @@ class LlamaCppSession(Session):
     """
 
     def __init__(self, manifest: Manifest, model: Any, context: Any) -> None:
-        _logger.set_verbose(False)
+        if _logger.logger.level == logging.NOTSET:  # when the package prints all that llama.cpp says
+            _logger.set_verbose(False)
         self.context = context
         self.arithmetic = _cache_dtype(manifest.state)
         self.memory = llama_cpp.llama_get_memory(context)
@@ -207,7 +208,8 @@ class StateBytes:
             shape = part.filled_shape(position)
             end = start + math.prod(shape) * part.torch_dtype.itemsize
             value = torch.from_numpy(content[start:end].copy()).view(part.torch_dtype)
-            found[part.name] = (value.view(-1, position).t().contiguous() if self._lies_last(part) else value).view(shape)
+            value = value.view(-1, position).t().contiguous() if self._lies_last(part) else value
+            found[part.name] = value.view(shape)
             start = end
         return [found[tensor.name] for tensor in self.spec.tensors]
 

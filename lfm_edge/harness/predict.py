@@ -65,9 +65,11 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, footprint: Footprint) -> int:
     """Bytes of a quantized weight in the file. A scale for a whole row is a float32, where a format has such a thing."""
     if footprint.block_columns:
-        return math.prod(shape) * scheme.bits // 8 + footprint.scale_bytes * math.prod(shape) // footprint.block_columns
-    scale = _FLOAT_BYTES if scheme.group_size is None else footprint.scale_bytes
-    return math.prod(shape) * scheme.bits // 8 + scale * _groups(shape, scheme)
+        scale, groups = footprint.scale_bytes, math.prod(shape) // footprint.block_columns
+    else:
+        scale = _FLOAT_BYTES if scheme.group_size is None else footprint.scale_bytes
+        groups = _groups(shape, scheme)
+    return math.prod(shape) * scheme.bits // 8 + scale * groups
 
 
 def _groups(shape: tuple[int, ...], scheme: Scheme) -> int:
