@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -270,6 +271,12 @@ def test_an_awkward_model_gets_the_same_answers_in_the_plain_client(awkward_bund
     client = Client(awkward_bundle, exact=True)
     for prompt in PROMPTS:
         assert_ours_or_tied(awkward_bundle, prompt, client.greedy(prompt, 16), 16)
+
+
+def test_the_python_of_the_docs_answers_right(bundle):
+    program = re.search(r"^```python$(.*?)^```", (REPO / "docs/gguf.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    program = program.replace("out/tiny-model-gguf-q4/model.gguf", str(bundle.artifact))
+    assert output_of([sys.executable, "-c", program]) == "42\n"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

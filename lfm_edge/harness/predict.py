@@ -63,7 +63,7 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, footprint: Footprint) -> int:
-    """Bytes of a quantized weight in the file. A scale for a whole row is a float32, where a format has such a thing."""
+    """Bytes of a quantized weight in the file. A scale for a whole row is a float32, where a format has such."""
     if footprint.block_columns:
         scale, groups = footprint.scale_bytes, math.prod(shape) // footprint.block_columns
     else:
