@@ -11,7 +11,8 @@ BUNDLE = $(OUT)/$(subst :,-,$(notdir $(patsubst %/,%,$(MODEL:%/checkpoint=%))))-
 
 .PHONY: demo test test-heavy lint train-tiny clean
 
-demo: $(VENV)/.installed  ## export MODEL to TARGET, verify it, let it answer, measure it
+# llama.cpp is compiled when it is installed, in some ten minutes: only for the target that it runs.
+demo: $(VENV)/.installed $(if $(filter gguf-%,$(TARGET)),$(VENV)/.installed-llamacpp)  ## export MODEL to TARGET, verify it, let it answer, measure it
 	$(BIN)/lfm-edge export --target $(TARGET) --model $(MODEL) --output $(BUNDLE) --force
 	$(BIN)/lfm-edge verify $(BUNDLE)
 	$(BIN)/python examples/python/ask.py $(BUNDLE)
@@ -35,6 +36,10 @@ clean:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[all]'
+	touch $@
+
+$(VENV)/.installed-llamacpp: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[llamacpp]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml

@@ -64,7 +64,7 @@ def targets() -> None:
 
     table = Table("target", "runs on", "weights", "artifact", "installed")
     for target in TARGETS.values():
-        hint = "yes" if target.installed else f"pip install 'lfm-edge[{target.exporter_name}]'"
+        hint = f"pip install '{target.to_install}'" if target.to_install else "yes"
         table.add_row(target.name, target.runs_on, target.weights, target.artifact, escape(hint))
     out.print(table)
 
@@ -84,7 +84,8 @@ def export(
         help="What the program computes in: float16, bfloat16 or float32, as far as the target has a choice. "
              "(default: the target's own)", show_default=False)] = None,
     kv_dtype: Annotated[str | None, typer.Option(
-        help="Type of the KV cache: int8, or the type that the program computes in. (default: the latter)",
+        help="Type of the KV cache: int8, or the type that the program computes in; for llama.cpp float16 or float32. "
+             "(default: the latter, or float16)",
         show_default=False)] = None,
     state: Annotated[str, typer.Option(help="explicit: the app owns the state, and can snapshot it. internal: the "
                                             "program does, as the stock LLM runners and Core ML's MLState want it.")

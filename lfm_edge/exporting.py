@@ -114,7 +114,8 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     chosen = target_named(target)
     chosen.check_installed()
     compute_dtype = compute_dtype or chosen.compute_dtypes[0]
-    kv_dtype = kv_dtype or (compute_dtype if compute_dtype in chosen.kv_dtypes else chosen.kv_dtypes[0])
+    converted = chosen.converts_kv or compute_dtype not in chosen.kv_dtypes
+    kv_dtype = kv_dtype or (chosen.kv_dtypes[0] if converted else compute_dtype)
     _check_options(chosen, context, prefill_chunk, group_size, head_bits, compute_dtype, kv_dtype, state, rounding)
     socs = _socs(chosen, soc)
     mixed = _mixed_bits(recipe, group_size, head_bits)
@@ -181,7 +182,7 @@ def _socs(target: Target, names: str | None) -> tuple[Soc, ...]:
 def _check_options(target: Target, context: int | None, prefill_chunk: int, group_size: int, head_bits: int,
                    compute_dtype: str, kv_dtype: str, state: str, rounding: str) -> None:
     """Refuse what the target cannot honour, with the reason."""
-    kv_dtypes = tuple(dtype for dtype in target.kv_dtypes if dtype in ("int8", compute_dtype))
+    kv_dtypes = tuple(dtype for dtype in target.kv_dtypes if target.converts_kv or dtype in ("int8", compute_dtype))
     choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("--group-size", group_size, GROUP_SIZES), ("--head-bits", head_bits, HEAD_BITS),
         ("--compute-dtype", compute_dtype, target.compute_dtypes), ("--kv-dtype", kv_dtype, kv_dtypes),

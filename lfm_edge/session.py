@@ -76,8 +76,7 @@ class Session(ABC):
     def snapshot(self) -> Snapshot:
         """A copy of the state, to go back to. Raises LfmEdgeError where the program keeps some of it."""
         self._check_holds_all("snapshot")
-        kept = tuple(self._read(index, self.position) for index in range(len(self.spec.tensors)))
-        return Snapshot(self.spec, self.position, kept, tuple(self.tokens))
+        return Snapshot(self.spec, self.position, self._kept(), tuple(self.tokens))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, of this session or of another one of the same layout.
@@ -87,8 +86,7 @@ class Session(ABC):
         self._check_holds_all("restore")
         if snapshot.spec != self.spec:
             raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
-        for index, kept in enumerate(snapshot.tensors):
-            self._write(index, kept, snapshot.position)
+        self._put_back(snapshot.tensors, snapshot.position)
         self.position, self.tokens = snapshot.position, list(snapshot.tokens)
 
     def save(self, path: str | Path, messages: Sequence[Message] = ()) -> None:
@@ -145,6 +143,15 @@ class Session(ABC):
                 count = min(filled, position - filled)
                 state.narrow(tensor.axis, filled, count).copy_(state.narrow(tensor.axis, 0, count))
                 filled += count
+
+    def _kept(self) -> tuple[torch.Tensor, ...]:
+        """Copies of what the session has of every state tensor."""
+        return tuple(self._read(index, self.position) for index in range(len(self.spec.tensors)))
+
+    def _put_back(self, tensors: Sequence[torch.Tensor], position: int) -> None:
+        """Take over what another session, or this one, had at `position`."""
+        for index, kept in enumerate(tensors):
+            self._write(index, kept, position)
 
     def _read(self, index: int, position: int) -> torch.Tensor:
         """A copy of what a session at `position` has of a state tensor."""

@@ -56,16 +56,20 @@ class Footprint:
 
     runtime_bytes: its own code and heap, seen with a model that takes next to nothing, on x86-64
     scale_bytes: of a group of quantized columns, in the file, with all that goes with the scale
+    block_columns: columns that share a scale in the file, in formats where that is one number for all weights
     packed_bytes: what packing adds to each group
     tied_in_file, tied_in_memory: how often a table that is embedding and head is there
+    packs_narrow_head: whether a table of 4 bits is there once more, packed for the head
     whole_cache: whether a session takes the memory of the whole context at once, not as it is filled
     """
 
     runtime_bytes: int = 0
     scale_bytes: int = 2
+    block_columns: int = 0
     packed_bytes: int = 0
     tied_in_file: int = 1
     tied_in_memory: int = 1
+    packs_narrow_head: bool = False
     whole_cache: bool = False
 
 
@@ -75,9 +79,13 @@ class Target:
 
     bits: of the linear layers' weights
     exporter_name, runtime_name: its modules, `exporters.NAME` and `runtimes.NAME`; the extra has the exporter's name
-    requires: packages that must be importable for it, the runtime first
+    requires: packages that must be importable for it, the runtime first; where its runtime is an extra of its own,
+        those of the exporter
+    runtime_requires: packages that its runtime needs besides; the extra then has the runtime's name
     compute_dtypes: in what the program may compute, the default first
-    kv_dtypes: of caches, the default first; a floating-point one must be the one that the program computes in
+    kv_dtypes: of caches, the default first; a floating-point one must be the one that the program computes in, unless
+        the runtime converts
+    converts_kv: whether it does
     footprint: what its runtime holds in memory
     two_level: whether 4-bit scales are multiples of one for each row (see `quantization.recipe.Scheme`)
     calibrated: whether activations have constant scales, which are measured on prompts
@@ -106,6 +114,8 @@ class Target:
     two_level: bool = False
     calibrated: bool = False
     compiled: bool = False
+    runtime_requires: tuple[str, ...] = ()
+    converts_kv: bool = False
 
     @property
     def is_measured_here(self) -> bool:
@@ -113,9 +123,10 @@ class Target:
         return bool({sys.platform, f"{sys.platform}-{platform.machine()}"} & set(self.measured_on))
 
     @property
-    def installed(self) -> bool:
-        """Whether the backend's packages are there."""
-        return not self._missing
+    def to_install(self) -> str | None:
+        """What `pip install` needs to be told before it can be exported to and run; None where all is there."""
+        extra = self.runtime_name if self.runtime_requires else self.exporter_name
+        return f"lfm-edge[{extra}]" if _missing((*self.requires, *self.runtime_requires)) else None
 
     def exporter(self) -> ModuleType:
         """The module with `export(job, directory, progress)`. Raises ExportError where the backend is missing."""
@@ -123,17 +134,18 @@ class Target:
 
     def runtime(self) -> ModuleType:
         """The module with `open_session(bundle, threads)`. Raises ExportError where the backend is missing."""
+        missing = _missing(self.runtime_requires)
+        if missing:
+            raise ExportError(f"running {self.name} needs the package {missing[0]}: "
+                              f"pip install 'lfm-edge[{self.runtime_name}]'")
         return self._load(f"runtimes.{self.runtime_name}")
 
     def check_installed(self) -> None:
-        """Raises ExportError, with what to install, where the backend's package is missing."""
-        if self._missing:
-            raise ExportError(f"{self.name} needs the package {self._missing[0]}: "
+        """Raises ExportError, with what to install, where a package that `export` needs is missing."""
+        missing = _missing(self.requires)
+        if missing:
+            raise ExportError(f"{self.name} needs the package {missing[0]}: "
                               f"pip install 'lfm-edge[{self.exporter_name}]'")
-
-    @property
-    def _missing(self) -> list[str]:
-        return [package for package in self.requires if importlib.util.find_spec(package) is None]
 
     def _load(self, module: str) -> ModuleType:
         self.check_installed()
@@ -144,6 +156,10 @@ class Target:
             return importlib.import_module(module)
         finally:
             logging.disable(previous)
+
+
+def _missing(packages: tuple[str, ...]) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
 # XNNPACK rounds activations exactly as the reference does, so what is left is the order of float32 sums: 1e-6 of
@@ -207,6 +223,19 @@ _NPU = {
     "two_level": True, "calibrated": True, "compiled": True,
 }
 
+# The reference rounds activations as ggml's kernels do, and what is said above holds here too where attention is in
+# float32: 6e-7 of the spread where nothing tips. Fused attention, the default, computes in float16; its roundings tip
+# activations everywhere, and the floor, disturbed as much, decides (docs/gguf.md).
+_GGUF_PARITY = _XNNPACK_PARITY
+
+_GGUF = {
+    "exporter_name": "gguf", "runtime_name": "llamacpp", "requires": ("gguf",), "runtime_requires": ("llama_cpp",),
+    "activations": "q8_0", "compute_dtypes": ("float32",), "kv_dtypes": ("float16", "float32"), "converts_kv": True,
+    "state_layout": StateLayout(), "state_modes": ("explicit",), "artifact": "model.gguf",
+    "runs_on": "any CPU (llama.cpp)",
+    "footprint": Footprint(8_000_000, block_columns=32, packs_narrow_head=True, whole_cache=True),
+}
+
 TARGETS: dict[str, Target] = {target.name: target for target in (
     # Measured: 4 bits cost the trained toy 0.07 nats on text that it does not know, random weights at 1.2B 0.35,
     # and weights of another layer several. One task prompt of 60 more or less is 0.017.
@@ -232,6 +261,8 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
            thresholds=Thresholds(**_NPU_PARITY, quality_kl=0.5, task_drop=0.05), **_NPU),
     Target("npu-q8", bits=8, weights="int8 per channel, int16 activations",
            thresholds=Thresholds(**_NPU_PARITY, quality_kl=0.1, task_drop=0.02), **_NPU),
+    Target("gguf-q4", bits=4, weights="int4 groups, int8 head, int8 dynamic activations",
+           thresholds=Thresholds(**_GGUF_PARITY, quality_kl=0.5, task_drop=0.05), **_GGUF),
 )}
 
 

@@ -21,9 +21,10 @@ FOUR_BITS = [name for name, target in TARGETS.items() if target.bits == 4]
 
 @pytest.fixture(scope="module", params=FOUR_BITS)
 def awkward_bundle(request, tmp_path_factory):
-    """With 8-bit caches, where the target has them."""
+    """With 8-bit caches, where the target has them. (llama.cpp refuses the bias: test_gguf.py.)"""
     folder = tmp_path_factory.mktemp("awkward")
-    return export(save_checkpoint(folder / "model", max_shard_size="100KB", **ALL_AT_ONCE), target=request.param,
+    config = ALL_AT_ONCE | ({"conv_bias": False} if request.param == "gguf-q4" else {})
+    return export(save_checkpoint(folder / "model", max_shard_size="100KB", **config), target=request.param,
                   output=folder / "bundle", context=96, prefill_chunk=16,
                   kv_dtype="int8" if "int8" in TARGETS[request.param].kv_dtypes else None)
 
@@ -36,7 +37,7 @@ def test_prompts_of_one_token_and_of_exactly_the_context(tmp_path, awkward_bundl
     target, checkpoint = awkward_bundle.target, open_checkpoint(awkward_bundle.manifest.source)
     exact = "float32" if "float32" in target.compute_dtypes else None
     bundle = export(checkpoint.source, target=target.name, output=tmp_path / "bundle", context=96, prefill_chunk=16,
-                    compute_dtype=exact)
+                    compute_dtype=exact, kv_dtype="float32" if target.converts_kv else None)
     manifest = bundle.manifest
     weights = quantize_checkpoint(checkpoint, manifest.recipe) | read_kv_scales(bundle.directory)
     reference = ReferenceSession(checkpoint.config, weights, manifest.state.for_reference(manifest.config),
@@ -73,8 +74,8 @@ def test_a_step_writes_its_own_rows_of_the_caches_and_no_others(awkward_bundle):
 
 
 def test_the_caches_keep_their_place(awkward_bundle):
-    if awkward_bundle.target.runtime_name == "mlx":
-        pytest.skip("MLX's caches are in MLX's memory, and `state` copies them")
+    if awkward_bundle.target.runtime_name in ("mlx", "llamacpp"):
+        pytest.skip("the caches are in the runtime's memory, and `state` copies them")
     session = awkward_bundle.session()
     caches = [state for tensor, state in zip(session.spec.tensors, session.state, strict=True)
               if tensor.kind in ("key", "value")]
@@ -138,6 +139,8 @@ def test_awkward_models_are_verified(tmp_path, name, options):
     {"target": "mlx-q8", "compute_dtype": "float32", "prefill_chunk": 1},
     {"target": "npu-q4", "head_bits": 4}, {"target": "npu-q8"}, {"target": "npu-q4", "group_size": 128},
     {"target": "npu-q4", "group_size": 64, "prefill_chunk": 1, "soc": "sm8350"},
+    {"target": "gguf-q4", "head_bits": 4}, {"target": "gguf-q4", "group_size": 128, "context": 300},
+    {"target": "gguf-q4", "kv_dtype": "float32", "prefill_chunk": 1},
 ], ids=str)
 def test_the_trained_model_keeps_its_answers_with_every_option(tmp_path, few_tasks, options):
     is_native = "linux" in TARGETS[options["target"]].measured_on

@@ -86,7 +86,8 @@ def test_answers_from_the_baked_prompt_are_those_after_prefilling_it(bundle):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(("target", "options"), [
-    ("mlx-q4", {}), ("coreml-q4", {}), ("android-q8", {"kv_dtype": "int8"}), ("onnx-q8", {"kv_dtype": "int8"})])
+    ("mlx-q4", {}), ("coreml-q4", {}), ("gguf-q4", {}), ("android-q8", {"kv_dtype": "int8"}),
+    ("onnx-q8", {"kv_dtype": "int8"})])
 def test_so_they_are_on_every_other_target(target, options, system_file, tmp_path):
     check_token_identity(export(TINY, target=target, output=tmp_path / "bundle", context=256, bake_prompt=system_file,
                                 **options))

@@ -104,6 +104,7 @@ def test_targets_says_how_to_install_a_missing_backend():
                          timeout=60, check=False, env={"COLUMNS": "200"})
 
     assert "pip install 'lfm-edge[executorch]'" in run.stdout
+    assert "pip install 'lfm-edge[llamacpp]'" in run.stdout
 
 
 # --- usage --------------------------------------------------------------------------------------------------------

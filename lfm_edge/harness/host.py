@@ -14,7 +14,7 @@ from pathlib import Path
 
 import lfm_edge
 
-_PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "coremltools", "mlx")
+_PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "coremltools", "mlx", "gguf", "llama-cpp-python")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
     """What a session at `filled` positions takes."""
     config, footprint = manifest.config, target_named(manifest.target).footprint
     table = stored_bytes((config.vocab_size, config.hidden_size), manifest.recipe.head, footprint)
-    copies = footprint.tied_in_memory - footprint.tied_in_file if config.tie_embedding else 0
+    copies = _tied_copies(manifest.recipe.head, footprint) - footprint.tied_in_file if config.tie_embedding else 0
     packed = sum(footprint.packed_bytes * scale_count(shape, scheme)
                  for name, shape in config.weight_shapes().items()
                  if name != EMBEDDING and (scheme := manifest.recipe.scheme(name, shape)))
@@ -63,9 +63,13 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, footprint: Footprint) -> int:
-    """Bytes of a quantized weight in the file. A scale for a whole row is a float32 everywhere."""
-    scale = _FLOAT_BYTES if scheme.group_size is None else footprint.scale_bytes
-    return math.prod(shape) * scheme.bits // 8 + scale * scale_count(shape, scheme)
+    """Bytes of a quantized weight in the file. A scale for a whole row is a float32, where a format has such."""
+    if footprint.block_columns:
+        scale, groups = footprint.scale_bytes, math.prod(shape) // footprint.block_columns
+    else:
+        scale = _FLOAT_BYTES if scheme.group_size is None else footprint.scale_bytes
+        groups = scale_count(shape, scheme)
+    return math.prod(shape) * scheme.bits // 8 + scale * groups
 
 
 def scale_count(shape: tuple[int, ...], scheme: Scheme) -> int:
@@ -126,10 +130,18 @@ def _savings(manifest: Manifest, filled: int) -> dict[str, float]:
     if bits.head.bits > 4:
         shape = (config.vocab_size, config.hidden_size)
         narrow = recipe(bits.body.bits, bits.body.group_size or 32, 4, bits.activations).head
-        copies = target.footprint.tied_in_memory if config.tie_embedding else len((EMBEDDING, HEAD))
-        found[_INT4_HEAD] = copies * (stored_bytes(shape, bits.head, target.footprint)
-                                      - stored_bytes(shape, narrow, target.footprint))
+        wide_bytes, narrow_bytes = (
+            stored_bytes(shape, scheme, target.footprint)
+            * (_tied_copies(scheme, target.footprint) if config.tie_embedding else len((EMBEDDING, HEAD)))
+            for scheme in (bits.head, narrow))
+        if narrow_bytes < wide_bytes:
+            found[_INT4_HEAD] = wide_bytes - narrow_bytes
     return found
+
+
+def _tied_copies(scheme: Scheme, footprint: Footprint) -> int:
+    """How often a table that is embedding and head is in memory."""
+    return footprint.tied_in_memory + (footprint.packs_narrow_head and scheme.bits == 4)
 
 
 def _with_int8_cache(manifest: Manifest) -> StateSpec:

@@ -202,6 +202,7 @@ def _at_fill(session: Session, prompt: list[int], fill: int, generate: int, reco
     part = prompt[:min(session.chunk, fill - generate)]
     recorder.begin(f"fill of {fill} tokens")
     session.stand_at(fill - generate - len(part))
+    reset_peak()  # what it takes to get there is not measured
     return _point(session, FILL, fill, part, generate, recorder)
 
 

@@ -4,6 +4,7 @@
 - `int8 rows`: XNNPACK's `qd8` kernels, one asymmetric range for each row.
 - `int8 blocks`: MatMulNBits at accuracy level 4 (MLAS on x86-64), one symmetric scale for each row and block
   of columns, the blocks being those of the weight.
+- `q8_0`: ggml's kernels on CPUs, one symmetric scale for each row and 32 columns, kept in float16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from lfm_edge.quantization.tensor import QuantizedTensor
 
-ACTIVATIONS = ("float", "int8 rows", "int8 blocks")
+ACTIVATIONS = ("float", "int8 rows", "int8 blocks", "q8_0")
+_GGML_BLOCK = 32
 _CHANNEL_BLOCKS = (128, 64, 32, 16)
 
 
@@ -26,6 +28,8 @@ def rounding(activations: str, weight: QuantizedTensor) -> Callable[[Tensor], Te
         return fake_quantize_rows
     if activations == "int8 blocks":
         return partial(fake_quantize_blocks, block=column_block(weight))
+    if activations == "q8_0":
+        return partial(fake_quantize_blocks, block=_GGML_BLOCK, scale_dtype=torch.float16)
     return None
 
 
@@ -61,12 +65,13 @@ def fake_quantize_rows(x: Tensor) -> Tensor:
     return (ints - zero) * (1.0 / inverse)
 
 
-def fake_quantize_blocks(x: Tensor, block: int) -> Tensor:
+def fake_quantize_blocks(x: Tensor, block: int, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """Round to 8 bits and back: symmetric, a scale for each row and `block` columns, the largest value at 127.
 
     x: float32 [..., cols] -> the same shape
+    scale_dtype: that scales are kept in; the codes are chosen before a scale is rounded to it
     """
     blocks = x.unflatten(-1, (-1, block))
     largest = blocks.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest == 0, torch.zeros_like(largest), 127.0 / largest)
-    return ((blocks * inverse).round() * (largest / 127.0)).flatten(-2)
+    return ((blocks * inverse).round() * (largest / 127.0).to(scale_dtype).float()).flatten(-2)
