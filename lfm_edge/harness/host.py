@@ -14,7 +14,8 @@ from pathlib import Path
 
 import lfm_edge
 
-_PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "coremltools", "mlx")
+_PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "coremltools", "mlx",
+             "onnxruntime-genai", "mlx-lm")
 
 
 @dataclass(frozen=True)
