@@ -85,7 +85,8 @@ class Match:
 class PeerEntry:
     """What is to be said of a peer that was measured.
 
-    directory: in the cache; arguments: what its builder was told; build_s, build_peak_bytes: what that took, when it was run
+    directory: in the cache; arguments: what its builder was told
+    build_s, build_peak_bytes: what that took, when it was run
     filling: how a fill is reached: `rows repeated`, `position set` or `computed`
     """
 
@@ -138,8 +139,8 @@ class Subject:
         theirs = peer.traits(built)
         matches = tuple(Match(str(bundle.directory), tuple(differences(theirs, traits_of(bundle.manifest))))
                         for bundle in matched)
-        entry = PeerEntry(built.peer, str(built.directory), built.versions, built.arguments, built.build_s, built.build_peak_bytes,
-                          peer.filling, matches)
+        entry = PeerEntry(built.peer, str(built.directory), built.versions, built.arguments, built.build_s,
+                          built.build_peak_bytes, peer.filling, matches)
         return cls(name, name, built.directory, manifest and manifest.target, built.config.max_position_embeddings,
                    matched[0].manifest.prefill_chunk, peer.takes_threads, built.artifact_bytes,
                    peer.state(built).nbytes, manifest, entry)
