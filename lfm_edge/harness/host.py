@@ -14,8 +14,7 @@ from pathlib import Path
 
 import lfm_edge
 
-_PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "coremltools", "mlx",
-             "onnxruntime-genai", "mlx-lm")
+_PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "coremltools", "mlx")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lfm_edge
 from lfm_edge.bundle import Bundle, Manifest
-from lfm_edge.harness.peers.peer import REPEATED, Arguments, Built, Peer, Traits, traits_of
+from lfm_edge.harness.peers.peer import REPEATED, Arguments, Built, Peer, Traits, group_size, traits_of
 from lfm_edge.session import Session
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import Target, target_named
@@ -31,7 +31,7 @@ class LlamaCpp(Peer):
         target.runtime()  # raises where it is not installed
         context = manifest.state.context
         return {"target": target.name, "context": context, "prefill_chunk": min(_UBATCH, context),
-                "head_bits": manifest.recipe.head.bits}
+                "group_size": group_size(manifest), "head_bits": manifest.recipe.head.bits}
 
     def build(self, checkpoint: Path, artifact: Path, arguments: Arguments) -> None:
         from lfm_edge.exporting import export
