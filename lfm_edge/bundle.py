@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
-from lfm_edge.errors import BundleError, ExportError, LfmEdgeError
+from lfm_edge.errors import BundleError, CheckpointError, ExportError, LfmEdgeError
 from lfm_edge.files import text
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.calibration import KV_SCALES_FILE
@@ -186,6 +187,20 @@ class Bundle:
     def tokenizer(self) -> TextTokenizer:
         """The bundle's tokenizer and chat template."""
         return TextTokenizer(self.directory)
+
+    def source(self, model: str | Path | None = None) -> Checkpoint:
+        """The checkpoint that it was exported from. model: where that is now, if not where the manifest says
+
+        Raises CheckpointError where there is none, BundleError where it is another one.
+        """
+        try:
+            checkpoint = open_checkpoint(model or self.manifest.source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; --model says where the checkpoint of this bundle is now") from None
+        if checkpoint.digest() != self.manifest.source_sha256:
+            raise BundleError(f"{checkpoint.source}: not the checkpoint that {self.directory} was exported from "
+                              "(SHA-256 differs); give the right one with --model")
+        return checkpoint
 
     def session(self, threads: int | None = None, soc: str | None = None) -> Session:
         """A session of the bundle's own runtime.

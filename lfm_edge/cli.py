@@ -53,6 +53,10 @@ def _counts(text: str) -> tuple[int, ...]:
     return counts
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
+
+
 def _fills(text: str) -> tuple[int, ...] | str:
     return text if text == "all" else _counts(text)
 
@@ -215,13 +219,22 @@ def bench(
     project: Annotated[bool, typer.Option("--project", help="Show what phones might decode, projected from their "
                                                             "published memory bandwidth. (In the JSON always.)")
                        ] = False,
+    against: Annotated[Any, typer.Option(
+        parser=_names, metavar="PEER,...", show_default=False,
+        help="Also measure other exporters, in the same rounds: llama.cpp, export_llm (ExecuTorch's own), "
+             "onnxruntime-genai, mlx-lm. Each builds from the bundle's checkpoint, with options as near to the "
+             "bundle's as it has; what it built stays in the cache. The table says what is not equal.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the checkpoint is now that peers are built from, if not "
+                                                   "where the manifest says.", show_default=False)] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure load time, time to first token, tokens per second and memory.
 
-    Exits with 1 where a bundle is over the budget or the memory limit. Bundles for Apple's runtimes are measured on a
-    Mac only, those for the NPU on a Snapdragon device.
+    Exits with 1 where a bundle is over the budget or the memory limit; peers may be. Bundles and peers for Apple's
+    runtimes are measured on a Mac only, bundles for the NPU on a Snapdragon device.
     """
+    if model is not None and not against:
+        raise LfmEdgeError(f"--model {model}: bench reads a checkpoint for peers only; give --against as well")
     from lfm_edge.harness.memory import parse_bytes
 
     budget_bytes = parse_bytes(budget)
@@ -232,7 +245,7 @@ def bench(
     from lfm_edge.harness.bench_tables import bench_tables, budget_lines
 
     settings = Settings(prompt_tokens, generate_tokens, None if fill == "all" else fill or (), threads or (), repeat,
-                        sustained, budget_bytes, limit_bytes)
+                        sustained, budget_bytes, limit_bytes, against or (), model)
     with _progress() as progress:
         result = run(opened, settings, progress=progress.stage)
     _render(bench_tables(result, projections=project), result.to_dict(shlex.join(["lfm-edge", *sys.argv[1:]])),

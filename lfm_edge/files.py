@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from lfm_edge.errors import LfmEdgeError
+
+
+def cache_directory() -> Path:
+    """Where lfm-edge keeps what it can make again: in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfm-edge"
 
 
 def read_json_object(path: Path, failure: type[LfmEdgeError]) -> dict[str, Any]:

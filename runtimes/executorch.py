@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
@@ -18,21 +19,26 @@ from lfm_edge.session import Logits, Session
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's program. threads: of the runtime's pool, which the process shares"""
+    forward = load_forward(bundle.artifact, threads)
+    manifest = bundle.manifest
+    held = () if manifest.state_mode == "internal" else manifest.state.tensors
+    session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
+    session.forward = forward
+    return session
+
+
+def load_forward(path: Path, threads: int | None = None) -> portable_lib.ExecuTorchMethod:
+    """The program's `forward`, weights packed. Raises BundleError where ExecuTorch cannot load it."""
     try:
         with native_messages_hidden():
             if threads is not None:
                 portable_lib._unsafe_reset_threadpool(threads)
             portable_lib._threadpool_get_thread_count()  # starts the pool, which prints about the processor
             program = portable_lib._load_program(
-                str(bundle.artifact), program_verification=portable_lib.Verification.InternalConsistency)
-            forward = program.load_method("forward")  # packs the weights
+                str(path), program_verification=portable_lib.Verification.InternalConsistency)
+            return program.load_method("forward")
     except RuntimeError as error:
-        raise BundleError(f"{bundle.artifact}: ExecuTorch cannot load it ({error})") from None
-    manifest = bundle.manifest
-    held = () if manifest.state_mode == "internal" else manifest.state.tensors
-    session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
-    session.forward = forward
-    return session
+        raise BundleError(f"{path}: ExecuTorch cannot load it ({error})") from None
 
 
 def stored_constants(bundle: Bundle) -> set[bytes]:

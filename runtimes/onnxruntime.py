@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import re
 import shutil
@@ -25,6 +24,7 @@ import torch
 from lfm_edge import ort
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
+from lfm_edge.files import cache_directory
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec
 
@@ -137,8 +137,7 @@ def packed_directory(bundle: Bundle) -> Path:
     """Where the packed graph is kept: a place for each artifact, version of ONNX Runtime and kind of processor."""
     parts = [entry["sha256"] for entry in bundle.artifact_files]
     key = hashlib.sha256(repr([_FORMAT, *parts, onnxruntime.__version__, _processor()]).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lfm-edge" / "onnxruntime" / key[:32]
+    return cache_directory() / "onnxruntime" / key[:32]
 
 
 def _processor() -> tuple[str, ...]:

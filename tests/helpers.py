@@ -130,4 +130,5 @@ def lfm_edge(*arguments: str | Path, **options: Any) -> subprocess.CompletedProc
     """Run the command line in a process of its own."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"} | options.pop("env", {})
     return subprocess.run([sys.executable, "-m", "lfm_edge.cli", *map(str, arguments)], capture_output=True,
-                          text=True, env=environment, timeout=300, check=False, **options)
+                          text=True, env=environment, timeout=options.pop("timeout", 300), check=False,
+                          **options)

@@ -10,7 +10,7 @@ from lfm_edge import cli
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import ContextFull, LfmEdgeError
 from lfm_edge.harness import limit, memory
-from lfm_edge.harness.bench import SCHEMA, Settings, bench
+from lfm_edge.harness.bench import SCHEMA, Settings, Subject, bench
 from lfm_edge.harness.bench_tables import bench_tables, budget_lines
 from lfm_edge.harness.devices import DEVICES, project
 from lfm_edge.harness.memory import Memory, parse_bytes, read_memory, reset_peak
@@ -191,7 +191,7 @@ def test_what_does_not_fit_the_context_is_refused(tiny_bundle, options, message)
 
 
 def test_all_fills_are_those_that_the_context_has(tiny_bundle):
-    assert Settings((8,), 2, fills=None).plan(tiny_bundle, 1).fills == (1024,)
+    assert Settings((8,), 2, fills=None).plan(Subject.of_bundle(tiny_bundle), 1).fills == (1024,)
 
 
 @pytest.mark.parametrize("options", [("--fill", "many"), ("--fill", "0"), ("--prompt-tokens", "8,,9"),

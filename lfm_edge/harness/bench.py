@@ -1,7 +1,7 @@
-"""`bench`: rounds of bundles in turn, each in a fresh process, and what they say together.
+"""`bench`: rounds of bundles, and of peers, in turn, each in a fresh process, and what they say together.
 
-Rounds of several bundles and thread counts alternate, so that a machine whose speed drifts is the same machine for
-all of them; the read bandwidth that speeds are held against is measured between them.
+Rounds of all that is measured and of several thread counts alternate, so that a machine whose speed drifts is the same
+machine for all of them; the read bandwidth that speeds are held against is measured between them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle import Bundle, Manifest
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.devices import Projection, project
 from lfm_edge.harness.host import Host, usable_cores, versions
 from lfm_edge.harness.limit import COUNTS, memory_limit
 from lfm_edge.harness.memory import Memory
+from lfm_edge.harness.peers import PEERS, peers_named
+from lfm_edge.harness.peers.building import prepare
+from lfm_edge.harness.peers.peer import Built, Peer, differences, traits_of
 from lfm_edge.harness.predict import Prediction, predict, remedies
 from lfm_edge.harness.roofline import read_bandwidth, step_bytes
 from lfm_edge.harness.round import Moment, OverTheLimit, Plan, Point, Round, run_round
@@ -37,6 +41,7 @@ class Settings:
     threads: of the runtime, each in turn; empty for all cores
     repeat: rounds; sustained_s: seconds of decode without a pause, in one more process; 0 for none
     budget: bytes that the peak above an empty process may reach; memory_limit: what the system enforces, or None
+    against: names of peers; model: where the checkpoint is that these are built from, if not where bundles say
     """
 
     prompt_tokens: tuple[int, ...] = (512,)
@@ -47,10 +52,12 @@ class Settings:
     sustained_s: float = 0.0
     budget: int = 10**9
     memory_limit: int | None = None
+    against: tuple[str, ...] = ()
+    model: str | None = None
 
-    def plan(self, bundle: Bundle, threads: int | None) -> Plan:
-        """One round of a bundle. Raises LfmEdgeError where it does not fit the bundle's context."""
-        context, where = bundle.manifest.state.context, bundle.directory
+    def plan(self, subject: Subject, threads: int | None) -> Plan:
+        """One round of it. Raises LfmEdgeError where that does not fit its context."""
+        context, where = subject.context, subject.directory
         longest = max(self.prompt_tokens)
         if longest + self.generate_tokens > context:
             raise LfmEdgeError(f"{where}: {longest} prompt and {self.generate_tokens} generated tokens do not fit its "
@@ -63,7 +70,84 @@ class Settings:
             if fill <= self.generate_tokens:
                 raise LfmEdgeError(f"--fill {fill}: decoding {self.generate_tokens} tokens ends there, and a step of "
                                    "prefill comes before; give a larger one, or smaller --generate-tokens")
-        return Plan(str(where), threads, self.prompt_tokens, self.generate_tokens, fills)
+        return Plan(str(where), threads, self.prompt_tokens, self.generate_tokens, fills, chunk=subject.chunk)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A bundle that a peer's artifact was made to match, and in what the two differ."""
+
+    bundle: str
+    differs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PeerEntry:
+    """What is to be said of a peer that was measured.
+
+    directory: in the cache; arguments: what its builder was told
+    build_s, build_peak_bytes: what that took, when it was run
+    filling: how a fill is reached: `rows repeated`, `position set` or `computed`
+    """
+
+    name: str
+    directory: str
+    versions: dict[str, str]
+    arguments: dict[str, Any]
+    build_s: float
+    build_peak_bytes: int
+    filling: str
+    matches: tuple[Match, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a bundle, or what a peer has built.
+
+    name: a bundle's path, a peer's name; label: short, for progress; target: None for a peer without one
+    chunk: tokens of a step of prefill at a fill
+    manifest: None where no prediction can be made
+    elsewhere: why it is not measured on this machine; empty where it is
+    """
+
+    name: str
+    label: str
+    directory: Path
+    target: str | None
+    context: int
+    chunk: int
+    takes_threads: bool
+    artifact_bytes: int | None
+    state_bytes: int
+    manifest: Manifest | None
+    peer: PeerEntry | None = None
+    elsewhere: str = ""
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Subject:
+        """A bundle."""
+        manifest, target = bundle.manifest, bundle.target
+        return cls(str(bundle.directory), bundle.directory.name, bundle.directory, target.name,
+                   manifest.state.context, manifest.prefill_chunk, target.takes_threads, bundle.artifact_bytes,
+                   manifest.state.nbytes, manifest, elsewhere="" if target.is_measured_here else
+                   _elsewhere(target.runs_on))
+
+    @classmethod
+    def of_peer(cls, name: str, built: Built, matched: Sequence[Bundle]) -> Subject:
+        """A peer's artifact, made to match these bundles."""
+        peer, manifest = PEERS[built.peer], built.manifest
+        theirs = peer.traits(built)
+        matches = tuple(Match(str(bundle.directory), tuple(differences(theirs, traits_of(bundle.manifest))))
+                        for bundle in matched)
+        entry = PeerEntry(built.peer, str(built.directory), built.versions, built.arguments, built.build_s,
+                          built.build_peak_bytes, peer.filling, matches)
+        return cls(name, name, built.directory, manifest and manifest.target, built.config.max_position_embeddings,
+                   matched[0].manifest.prefill_chunk, peer.takes_threads, built.artifact_bytes,
+                   peer.state(built).nbytes, manifest, entry)
+
+    def is_matched_by(self, other: Subject) -> bool:
+        """Whether `other` is a peer's artifact that was made to match this bundle."""
+        return other.peer is not None and self.name in (match.bundle for match in other.peer.matches)
 
 
 @dataclass(frozen=True)
@@ -72,7 +156,8 @@ class PointResult:
 
     prefill_tps, decode_tps: tokens per second; prefill_s: seconds of the prefill, which for a prompt is the time to
         the first token, warm
-    step_bytes: that a decode step must read; limit_tps: decode if the machine's read bandwidth were all used
+    step_bytes: that a decode step must read; limit_tps: decode if the machine's read bandwidth were all used; None,
+        with `fits_cache`, for a peer whose artifact is not known so well
     projections: of phones; none where the model fits this machine's cache, whose speed is not that of memory
     """
 
@@ -81,15 +166,15 @@ class PointResult:
     prefill_tps: Spread
     prefill_s: Spread
     decode_tps: Spread
-    step_bytes: int
-    limit_tps: float
-    fits_cache: bool
+    step_bytes: int | None
+    limit_tps: float | None
+    fits_cache: bool | None
     projections: tuple[Projection, ...]
 
     @property
-    def efficiency(self) -> float:
+    def efficiency(self) -> float | None:
         """Share of the machine's read bandwidth that decode uses."""
-        return self.decode_tps.median / self.limit_tps
+        return self.decode_tps.median / self.limit_tps if self.limit_tps else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -98,17 +183,19 @@ class PointResult:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All rounds of one bundle with one number of threads. Memory is above an empty process of the same runtime.
+    """All rounds of a bundle or a peer with one number of threads. Memory is above an empty process of its runtime.
 
+    bundle: its path, or the peer's name; target: None for a peer, but where its artifact is a bundle
     threads: None where the runtime chooses them; first_token_s: after a load, cold
     moments: medians of the rounds, and the largest peak; predicted, at_full_context: by part, of the most that was
-        filled and of the whole context
+        filled and of the whole context; None where no manifest tells
+    peer: None for a bundle of the user's
     sustained_tps: of each window of the sustained decode, in order
     remedies: what would bring it under the budget, where it is over; each entry is one way
     """
 
     bundle: str
-    target: str
+    target: str | None
     threads: int | None
     load_s: Spread
     first_token_s: Spread
@@ -119,11 +206,12 @@ class Benchmark:
     budget_bytes: int
     artifact_bytes: int
     state_bytes: int
-    predicted: Prediction
-    at_full_context: Prediction
+    predicted: Prediction | None
+    at_full_context: Prediction | None
     sustained_tps: tuple[float, ...]
     remedies: tuple[str, ...]
     rounds: tuple[Round, ...]
+    peer: PeerEntry | None = None
 
     @property
     def within_budget(self) -> bool:
@@ -139,7 +227,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A speed of one bundle over that of another, at the same point and with the same threads, rounds paired."""
+    """A speed of a bundle over that of another or of a peer, at one point, with the same threads, rounds paired."""
 
     bundle: str
     over: str
@@ -152,26 +240,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A bundle without figures, and why; its sizes are what they are anywhere."""
+    """A bundle or a peer without figures, and why; its sizes are what they are anywhere. None: it was not built."""
 
     bundle: str
-    target: str
+    target: str | None
     reason: str
-    artifact_bytes: int
-    state_bytes: int
+    artifact_bytes: int | None
+    state_bytes: int | None
+    peer: bool = False
 
     @classmethod
-    def of(cls, bundle: Bundle, reason: str) -> LeftOut:
-        """What to say of a bundle."""
-        return cls(str(bundle.directory), bundle.manifest.target, reason, bundle.artifact_bytes,
-                   bundle.manifest.state.nbytes)
+    def of(cls, subject: Subject, reason: str) -> LeftOut:
+        """What to say of it."""
+        return cls(subject.name, subject.target, reason, subject.artifact_bytes, subject.state_bytes,
+                   subject.peer is not None)
 
 
 @dataclass(frozen=True)
 class BenchResult:
     """All that one run of `bench` found.
 
-    not_measured: bundles for other machines; over_limit: bundles that the hard limit ended
+    not_measured: those for other machines; over_limit: those that the hard limit ended
     limit_kind: what enforced the hard limit; empty for none
     read_bandwidth: bytes per second, the best of the run, for each number of threads
     """
@@ -188,8 +277,13 @@ class BenchResult:
 
     @property
     def passed(self) -> bool:
-        """Whether every measured bundle lives within its limit and the budget."""
-        return not self.over_limit and all(result.within_budget for result in self.benchmarks)
+        """Whether every measured bundle lives within its limit and the budget. (Peers need not.)"""
+        return all(entry.peer for entry in self.over_limit) and all(result.within_budget for result in self.bundles)
+
+    @property
+    def bundles(self) -> list[Benchmark]:
+        """The results that are not of peers."""
+        return [result for result in self.benchmarks if result.peer is None]
 
     def to_dict(self, command: str = "") -> dict[str, Any]:
         """For JSON, by the schema of docs/benchmarks.md. command: that made it"""
@@ -208,29 +302,55 @@ class BenchResult:
 
 def bench(bundles: Sequence[Bundle], settings: Settings | None = None, *,
           progress: Callable[[str], None] = lambda name: None) -> BenchResult:
-    """Measure bundles in turn.
+    """Measure bundles in turn, and peers with them; what these need is built first.
 
-    Raises LfmEdgeError where what is asked does not fit a bundle's context, or a round fails. A round that the hard
-    limit ends does not raise: its bundle is in `over_limit`.
+    Raises LfmEdgeError where what is asked does not fit a bundle's context, a peer is unknown, is not installed or
+    cannot build, or a round fails. A round that the hard limit ends does not raise: it is in `over_limit`.
     """
     settings = settings or Settings()
-    not_measured = tuple(LeftOut.of(bundle, _elsewhere(bundle)) for bundle in bundles
-                         if not bundle.target.is_measured_here)
-    run = _Run([bundle for bundle in bundles if bundle.target.is_measured_here], settings, progress)
+    peers = peers_named(settings.against)
+    subjects = [Subject.of_bundle(bundle) for bundle in bundles]
+    left_out = [LeftOut.of(subject, subject.elsewhere) for subject in subjects if subject.elsewhere]
+    subjects = [subject for subject in subjects if not subject.elsewhere]
+    for subject in subjects:
+        settings.plan(subject, None)  # raises before anything is built
+    raced = [bundle for bundle in bundles if bundle.target.is_measured_here]
+    left_out += [LeftOut(peer.name, None, _elsewhere(" and ".join(peer.measured_on)), None, None, peer=True)
+                 for peer in peers if not peer.is_measured_here]
+    subjects += _peers([peer for peer in peers if peer.is_measured_here], raced, settings.model, progress)
+    run = _Run(subjects, settings, progress)
     run.warm_up()
     for number in range(settings.repeat):
         run.measure(number)
     run.sustain()
     benchmarks = tuple(run.summary(series) for series in run.series)
-    return BenchResult(settings, run.host, benchmarks, tuple(_compare(run.series)), not_measured,
+    return BenchResult(settings, run.host, benchmarks, tuple(_compare(run.series)), tuple(left_out),
                        tuple(run.over_limit), run.bandwidth, run.limit_kind)
+
+
+def _peers(peers: Sequence[Peer], bundles: Sequence[Bundle], model: str | None,
+           progress: Callable[[str], None]) -> list[Subject]:
+    """Each peer's artifacts for these bundles: one where what it can do comes to the same for all of them."""
+    for peer in peers:
+        for bundle in bundles:
+            peer.arguments(bundle.manifest)  # raises before anything is built
+    found = []
+    for peer in peers:
+        built: dict[Path, tuple[Built, list[Bundle]]] = {}
+        for bundle in bundles:
+            made = prepare(peer, bundle, model, progress)
+            built.setdefault(made.directory, (made, []))[1].append(bundle)
+        for made, matched in built.values():
+            name = peer.name if len(built) == 1 else f"{peer.name} like {matched[0].directory.name}"
+            found.append(Subject.of_peer(name, made, matched))
+    return found
 
 
 @dataclass
 class _Series:
-    """Rounds of one bundle with one number of threads, as they come."""
+    """Rounds of one bundle or peer with one number of threads, as they come."""
 
-    bundle: Bundle
+    subject: Subject
     plan: Plan
     rounds: list[Round] = field(default_factory=list)
     sustained_tps: tuple[float, ...] = ()
@@ -238,7 +358,7 @@ class _Series:
     @property
     def name(self) -> str:
         threads = f", {self.plan.threads} threads" if self.plan.threads else ""
-        return f"{self.bundle.directory.name}{threads}"
+        return f"{self.subject.label}{threads}"
 
     def points(self) -> dict[tuple[str, int], list[Point]]:
         """The points of all rounds, by kind and tokens."""
@@ -249,12 +369,12 @@ class _Series:
 class _Run:
     """The rounds of one `bench`, as they are made."""
 
-    def __init__(self, bundles: Sequence[Bundle], settings: Settings, progress: Callable[[str], None]) -> None:
+    def __init__(self, subjects: Sequence[Subject], settings: Settings, progress: Callable[[str], None]) -> None:
         self.settings, self.progress, self.host = settings, progress, Host.here()
         self.threads = settings.threads or (usable_cores(),)
-        self.series = [_Series(bundle, settings.plan(bundle, threads if bundle.target.takes_threads else None))
-                       for threads in self.threads for bundle in bundles
-                       if bundle.target.takes_threads or threads == self.threads[0]]
+        self.series = [_Series(subject, settings.plan(subject, threads if subject.takes_threads else None))
+                       for threads in self.threads for subject in subjects
+                       if subject.takes_threads or threads == self.threads[0]]
         self.over_limit: list[LeftOut] = []
         self.bandwidth = dict.fromkeys(self.threads, 0.0)
         self.limit_kind = ""
@@ -263,10 +383,10 @@ class _Run:
                 self.limit_kind = limit.kind
 
     def warm_up(self) -> None:
-        """Load every bundle once, without a limit: what a first load on a machine makes, later ones find."""
-        for bundle in {series.bundle.directory: series.bundle for series in self.series}.values():
-            self.progress(f"{bundle.directory.name}, loaded once")
-            run_round(Plan(str(bundle.directory), None, (1,), 1))
+        """Load everything once, without a limit: what a first load on a machine makes, later ones find."""
+        for subject in {series.subject.directory: series.subject for series in self.series}.values():
+            self.progress(f"{subject.label}, loaded once")
+            run_round(Plan(str(subject.directory), None, (1,), 1))
 
     def measure(self, number: int) -> None:
         """One round of each series, in turn."""
@@ -283,7 +403,7 @@ class _Run:
         for series in tuple(self.series) if self.settings.sustained_s else ():
             self.progress(f"{series.name}, {self.settings.sustained_s:g} s of decode")
             plan = Plan(series.plan.directory, series.plan.threads, series.plan.prompts[:1], series.plan.generate,
-                        sustained_s=self.settings.sustained_s)
+                        sustained_s=self.settings.sustained_s, chunk=series.plan.chunk)
             self._round(series, plan, lambda made, series=series: setattr(series, "sustained_tps", made.sustained_tps))
 
     def _round(self, series: _Series, plan: Plan, keep: Callable[[Round], None]) -> None:
@@ -291,36 +411,38 @@ class _Run:
             keep(run_round(plan, self.settings.memory_limit))
         except OverTheLimit as error:  # there is no median of rounds of which some were ended
             self.series.remove(series)
-            self.over_limit.append(LeftOut.of(series.bundle, str(error)))
+            self.over_limit.append(LeftOut.of(series.subject, str(error)))
 
     def summary(self, series: _Series) -> Benchmark:
         """What the rounds of a series say together."""
-        bundle, rounds = series.bundle, series.rounds
-        manifest, peak = bundle.manifest, max(made.peak_bytes for made in rounds)
+        subject, rounds = series.subject, series.rounds
+        manifest, peak = subject.manifest, max(made.peak_bytes for made in rounds)
         filled = max(moment.tokens for moment in rounds[0].moments)
         over = peak - self.settings.budget
         return Benchmark(
-            bundle=str(bundle.directory), target=manifest.target, threads=series.plan.threads,
+            bundle=subject.name, target=subject.target, threads=series.plan.threads,
             load_s=Spread.of([made.load_s for made in rounds]),
             first_token_s=Spread.of([made.first_token_s for made in rounds]),
-            points=tuple(self._point(bundle, series.plan.threads, points) for points in series.points().values()),
+            points=tuple(self._point(manifest, series.plan.threads, points) for points in series.points().values()),
             moments=tuple(map(_moment, zip(*(made.moments for made in rounds), strict=True))),
             baseline_bytes=_median(made.baseline.resident for made in rounds), peak_bytes=peak,
-            budget_bytes=self.settings.budget, artifact_bytes=bundle.artifact_bytes, state_bytes=manifest.state.nbytes,
-            predicted=predict(manifest, bundle.artifact_bytes, filled),
-            at_full_context=predict(manifest, bundle.artifact_bytes, manifest.state.context),
+            budget_bytes=self.settings.budget, artifact_bytes=subject.artifact_bytes, state_bytes=subject.state_bytes,
+            predicted=manifest and predict(manifest, subject.artifact_bytes, filled),
+            at_full_context=manifest and predict(manifest, subject.artifact_bytes, subject.context),
             sustained_tps=series.sustained_tps,
-            remedies=tuple(remedies(manifest, filled, over)) if over > 0 else (), rounds=tuple(rounds))
+            remedies=tuple(remedies(manifest, filled, over)) if manifest and over > 0 else (), rounds=tuple(rounds),
+            peer=subject.peer)
 
-    def _point(self, bundle: Bundle, threads: int | None, points: Sequence[Point]) -> PointResult:
+    def _point(self, manifest: Manifest | None, threads: int | None, points: Sequence[Point]) -> PointResult:
         first, decode = points[0], Spread.of([point.decode_tps for point in points])
-        needed = step_bytes(bundle.manifest, first.mean_fill)
-        limit = self.bandwidth[threads or self.threads[0]] / needed
-        fits = needed <= self.host.cache_bytes
+        needed = manifest and step_bytes(manifest, first.mean_fill)
+        limit = needed and self.bandwidth[threads or self.threads[0]] / needed
+        fits = needed and needed <= self.host.cache_bytes
         return PointResult(
             kind=first.kind, tokens=first.tokens, prefill_tps=Spread.of([point.prefill_tps for point in points]),
             prefill_s=Spread.of([point.prefill_s for point in points]), decode_tps=decode, step_bytes=needed,
-            limit_tps=limit, fits_cache=fits, projections=() if fits else project(needed, decode.median / limit))
+            limit_tps=limit, fits_cache=fits,
+            projections=project(needed, decode.median / limit) if needed and not fits else ())
 
 
 def _moment(moments: Sequence[Moment]) -> Moment:
@@ -332,13 +454,19 @@ def _moment(moments: Sequence[Moment]) -> Moment:
 
 
 def _compare(series: Sequence[_Series]) -> list[Comparison]:
-    """Each further bundle over the first, at the points and the numbers of threads that they share."""
+    """Each further bundle over the first, and each over the peers that match it.
+
+    At the points and the numbers of threads that they share.
+    """
     found = []
     for threads in dict.fromkeys(entry.plan.threads for entry in series):
-        first, *others = (entry for entry in series if entry.plan.threads == threads)
-        for other in others:
+        here = [entry for entry in series if entry.plan.threads == threads]
+        bundles = [entry for entry in here if entry.subject.peer is None]
+        pairs = [(bundles[0], other) for other in bundles[1:]]
+        pairs += [(peer, bundle) for bundle in bundles for peer in here if bundle.subject.is_matched_by(peer.subject)]
+        for first, other in pairs:
             mine, theirs = first.points(), other.points()
-            found += [Comparison(str(other.bundle.directory), str(first.bundle.directory), threads, what, kind, tokens,
+            found += [Comparison(other.subject.name, first.subject.name, threads, what, kind, tokens,
                                  Ratio.of([getattr(point, f"{what}_tps") for point in mine[kind, tokens]],
                                           [getattr(point, f"{what}_tps") for point in theirs[kind, tokens]]))
                       for kind, tokens in mine if (kind, tokens) in theirs for what in ("prefill", "decode")]
@@ -349,10 +477,10 @@ def _median(values: Any) -> int:
     return int(statistics.median(values))
 
 
-def _with_total(prediction: Prediction) -> dict[str, int]:
-    return {**asdict(prediction), "total": prediction.total}
+def _with_total(prediction: Prediction | None) -> dict[str, int] | None:
+    return prediction and {**asdict(prediction), "total": prediction.total}
 
 
-def _elsewhere(bundle: Bundle) -> str:
-    return (f"runs on {bundle.target.runs_on}; what computes it on {sys.platform} tells nothing about its speed and "
+def _elsewhere(where: str) -> str:
+    return (f"runs on {where}; what computes it on {sys.platform} tells nothing about its speed and "
             "memory. Run this command there")

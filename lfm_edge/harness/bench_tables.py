@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut, PointResult
+from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut, PeerEntry, PointResult
 from lfm_edge.harness.limit import COUNTS
 from lfm_edge.harness.report import megabytes
 from lfm_edge.harness.round import PROMPT
@@ -17,10 +20,12 @@ _PARTS = {"weights": "weights", "embedding": "embedding table", "kv_cache": "KV 
 
 
 def bench_tables(result: BenchResult, *, projections: bool = False) -> list[Table]:
-    """Speed, memory, comparisons, projections where asked for, and what has no figures."""
+    """Speed, memory, comparisons, peers, projections where asked for, and what has no figures."""
     tables = [_speed(result), _memory(result)] if result.benchmarks else []
     if result.comparisons:
         tables.append(_comparisons(result))
+    if len(result.bundles) < len(result.benchmarks):
+        tables.append(_peers(result))
     if projections and result.benchmarks:
         tables.append(_projections(result))
     for entries, title in ((result.not_measured, "not measured"), (result.over_limit, "ended by the memory limit")):
@@ -32,7 +37,7 @@ def bench_tables(result: BenchResult, *, projections: bool = False) -> list[Tabl
 def budget_lines(result: BenchResult) -> list[str]:
     """One line for each bundle that is over its limit or the budget: by how much, of what, and what would help."""
     lines = [entry.reason for entry in result.over_limit]
-    for bench in (bench for bench in result.benchmarks if not bench.within_budget):
+    for bench in (bench for bench in result.bundles if not bench.within_budget):
         parts = bench.predicted.parts
         largest = bench.predicted.largest
         help_ = " or ".join(bench.remedies)
@@ -80,10 +85,11 @@ def _memory(result: BenchResult) -> Table:
              if (m.after, m.tokens) == key), ""))
     _add(table, result, "peak", lambda r: megabytes(r.peak_bytes))
     for part, name in _PARTS.items():
-        _add(table, result, f"  predicted: {name}", lambda r, part=part: megabytes(r.predicted.parts[part]))
+        _add(table, result, f"  predicted: {name}",
+             lambda r, part=part: megabytes(r.predicted.parts[part]) if r.predicted else "")
     _add(table, result, "predicted", _against_prediction)
-    _add(table, result, "predicted at the full context", lambda r: f"{megabytes(r.at_full_context.total)} "
-                                                                   f"({r.at_full_context.filled:,} filled)")
+    _add(table, result, "predicted at the full context", lambda r: r.at_full_context and (
+        f"{megabytes(r.at_full_context.total)} ({r.at_full_context.filled:,} filled)"))
     _add(table, result, "artifact", lambda r: megabytes(r.artifact_bytes))
     _add(table, result, f"budget {megabytes(result.settings.budget)}", _budget)
     if result.limit_kind:
@@ -104,11 +110,38 @@ def _comparisons(result: BenchResult) -> Table:
     return table
 
 
+def _peers(result: BenchResult) -> Table:
+    """What each peer was built from and with, what that took, and what is not equal."""
+    entries = {bench.bundle: bench.peer for bench in result.benchmarks if bench.peer}
+    table = Table("", *map(escape, entries), title="peers", title_justify="left")
+    rows: dict[str, Callable[[PeerEntry], str]] = {
+        "versions": lambda peer: "\n".join(f"{package} {version}" for package, version in peer.versions.items()),
+        "its builder was told": lambda peer: "\n".join(_told(peer.arguments)),
+        "which took": lambda peer: f"{peer.build_s:,.0f} s, {megabytes(peer.build_peak_bytes)} at most",
+        "a fill is": lambda peer: peer.filling,
+        "not as the bundle": lambda peer: "\n".join(_not_equal(peer)) or "nothing"}
+    for name, value in rows.items():
+        table.add_row(name, *(escape(value(peer)) for peer in entries.values()))
+    return table
+
+
+def _not_equal(peer: PeerEntry) -> list[str]:
+    """What differs; of several bundles with the name of each."""
+    return [f"{Path(match.bundle).name}: {line}" if len(peer.matches) > 1 else line
+            for match in peer.matches for line in match.differs]
+
+
+def _told(arguments: dict[str, Any]) -> list[str]:
+    """A line for each of a builder's arguments."""
+    return [line for name, value in arguments.items()
+            for line in (_told(value) if isinstance(value, dict) else [f"{name}={value}"])]
+
+
 def _projections(result: BenchResult) -> Table:
     """Projections of the first point, a row a phone."""
     table = _columns(result, "PROJECTION, not measured: decode, if the phone reached the same share of its published "
                              "memory bandwidth as this machine")
-    first = [bench.points[0].projections for bench in result.benchmarks]
+    first = [bench.points[0].projections for bench in result.benchmarks]  # none of a peer
     if not any(first):
         table.add_row("none: the model fits this machine's cache")
     for device in dict.fromkeys((p.device, p.chip, p.bandwidth) for projected in first for p in projected):
@@ -120,13 +153,15 @@ def _projections(result: BenchResult) -> Table:
 def _left_out(entries: tuple[LeftOut, ...], title: str) -> Table:
     table = Table("bundle", "artifact", "state", "", title=title, title_justify="left")
     for entry in entries:
-        table.add_row(f"{entry.bundle}\n({entry.target})", megabytes(entry.artifact_bytes),
-                      megabytes(entry.state_bytes), entry.reason)
+        kind = "a peer" if entry.peer else entry.target
+        sizes = ("" if size is None else megabytes(size) for size in (entry.artifact_bytes, entry.state_bytes))
+        table.add_row(f"{entry.bundle}\n({kind})", *sizes, entry.reason)
     return table
 
 
 def _columns(result: BenchResult, title: str) -> Table:
-    heads = (f"{bench.bundle}\n({bench.target}, {_threads(bench.threads)})" for bench in result.benchmarks)
+    heads = (f"{bench.bundle}\n({'a peer' if bench.peer else bench.target}, {_threads(bench.threads)})"
+             for bench in result.benchmarks)
     return Table("", *heads, title=title, title_justify="left")
 
 
@@ -145,6 +180,8 @@ def _threads(count: int | None) -> str:
 
 
 def _of_the_limit(point: PointResult) -> str:
+    if point.limit_tps is None:
+        return ""
     if point.fits_cache:
         return "-: the model fits its cache"
     return f"{point.efficiency:.0%} of {point.limit_tps:,.0f} tok/s ({megabytes(point.step_bytes)} a token)"
@@ -156,6 +193,8 @@ def _sustained(bench: Benchmark) -> str:
 
 
 def _against_prediction(bench: Benchmark) -> str:
+    if bench.predicted is None:
+        return ""
     predicted = bench.predicted.total
     return (f"predicted {megabytes(predicted)}, measured {megabytes(bench.peak_bytes)} "
             f"({bench.peak_bytes / predicted - 1:+.0%})")
@@ -165,7 +204,7 @@ def _budget(bench: Benchmark) -> str:
     over = bench.peak_bytes - bench.budget_bytes
     if over > 0:
         return f"[red]over[/] by {megabytes(over)}"
-    if bench.at_full_context.total > bench.budget_bytes:
+    if bench.at_full_context and bench.at_full_context.total > bench.budget_bytes:
         return "[green]within[/], but [yellow]predicted over[/] at the full context"
     return "[green]within[/]"
 

@@ -11,15 +11,19 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.limit import MemoryLimit, memory_limit
 from lfm_edge.harness.memory import Memory, forbid_locking, read_memory, reset_peak
+from lfm_edge.harness.peers import PEERS
+from lfm_edge.harness.peers.peer import PEER_FILE, Built
 from lfm_edge.harness.stats import timed
 from lfm_edge.sample import sample_tokens
 from lfm_edge.session import Logits, Session
+from lfm_edge.tokenizer import TextTokenizer
 
 PROMPT, FILL = "prompt", "fill"
 _WINDOWS = 10  # of a sustained decode, at most; none is shorter than a second
@@ -33,6 +37,7 @@ class Plan:
     threads: of the runtime; None leaves them to it
     prompts: lengths to prefill from an empty context, each followed by `generate` decoded tokens
     fills: context fills at which a step of prefill and `generate` tokens of decode end
+    chunk: tokens of that step; a bundle's own where None is given
     sustained_s: seconds to decode without a pause; 0 for not at all
     """
 
@@ -42,6 +47,7 @@ class Plan:
     generate: int
     fills: tuple[int, ...] = ()
     sustained_s: float = 0.0
+    chunk: int | None = None
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Plan:
@@ -170,17 +176,39 @@ class _Recorder:
         reset_peak()
 
 
+@dataclass(frozen=True)
+class _Program:
+    """What a round measures: a bundle, or what a peer has built."""
+
+    tokenizer: TextTokenizer
+    vocab_size: int
+    import_runtime: Callable[[], Any]
+    open_session: Callable[[], Session]
+
+
+def _opened(plan: Plan) -> _Program:
+    directory = Path(plan.directory)
+    if (directory / PEER_FILE).is_file():
+        built = Built.read(directory)
+        peer = PEERS[built.peer]
+        return _Program(built.tokenizer(), built.config.vocab_size, peer.import_runtime,
+                        lambda: peer.open_session(built, plan.threads, plan.chunk or 1))
+    bundle = Bundle.open(directory, check=False)  # the parent has checked it; reading it would warm the cache
+    return _Program(bundle.tokenizer(), bundle.manifest.config.vocab_size, bundle.target.runtime,
+                    lambda: bundle.session(plan.threads))
+
+
 def measure_round(plan: Plan, limit: MemoryLimit | None = None) -> Round:
     """One round, in this process, which should be fresh."""
-    bundle = Bundle.open(plan.directory, check=False)  # the parent has checked it; reading it would warm the cache
-    prompt = sample_tokens(bundle.tokenizer(), bundle.manifest.config.vocab_size, max(plan.prompts))
-    bundle.target.runtime()
+    program = _opened(plan)
+    prompt = sample_tokens(program.tokenizer, program.vocab_size, max(plan.prompts))
+    program.import_runtime()
     forbid_locking()
     recorder = _Recorder()
     if limit:
         limit.enter()
     recorder.begin("load")
-    load_s, session = timed(lambda: bundle.session(plan.threads))
+    load_s, session = timed(program.open_session)
     recorder.note("load", 0)
     recorder.begin("first prefill")
     first_token_s, _ = timed(lambda: session.prefill(prompt[:plan.prompts[0]]))
@@ -222,13 +250,14 @@ def _sustained(session: Session, prompt: list[int], plan: Plan, recorder: _Recor
     start, window = session.position, max(plan.sustained_s / _WINDOWS, min(plan.sustained_s, _SHORTEST_WINDOW))
     speeds = []
     for _ in range(round(plan.sustained_s / window)):
-        began, tokens = time.perf_counter(), 0
-        while time.perf_counter() - began < window:
+        spent, tokens = 0.0, 0
+        while spent < window:
             if session.position == start + plan.generate:
-                session.position = start  # what it decodes does not matter, only that it does
-            logits = session.decode(int(logits.argmax()))
+                session.stand_at(start)  # what it decodes does not matter, only that it does
+            seconds, logits = timed(lambda last=logits: session.decode(int(last.argmax())))
+            spent += seconds
             tokens += 1
-        speeds.append(tokens / (time.perf_counter() - began))
+        speeds.append(tokens / spent)
     recorder.note("sustained decode", session.position)
     return tuple(speeds)
 

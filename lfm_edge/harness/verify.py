@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_edge.bundle import Bundle, weights_digest
-from lfm_edge.checkpoint import Checkpoint, open_checkpoint
-from lfm_edge.errors import BundleError, CheckpointError
+from lfm_edge.errors import BundleError
 from lfm_edge.files import read_text
 from lfm_edge.harness import parity, quality
 from lfm_edge.harness.baked import baked_agreement
@@ -111,7 +110,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     Raises LfmEdgeError where the checkpoint is missing, or is not the one that was exported.
     """
     progress = progress or Progress()
-    checkpoint = _source(bundle, model)
+    checkpoint = bundle.source(model)
     manifest, thresholds = bundle.manifest, bundle.target.thresholds
     tasks = quality.read_tasks(bundle)
     sequence = _tokens(bundle, tasks, tokens)
@@ -164,17 +163,6 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
         [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
         parity.typical_error(ours, theirs), typical_floor, parity.judge_greedy(answer, followed, limits), cost,
         quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped, baked)
-
-
-def _source(bundle: Bundle, model: str | Path | None) -> Checkpoint:
-    try:
-        checkpoint = open_checkpoint(model or bundle.manifest.source)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; --model says where the checkpoint of this bundle is now") from None
-    if checkpoint.digest() != bundle.manifest.source_sha256:
-        raise BundleError(f"{checkpoint.source}: not the checkpoint that {bundle.directory} was exported from "
-                          "(SHA-256 differs); give the right one with --model")
-    return checkpoint
 
 
 def _check_same_weights(bundle: Bundle, weights: Weights) -> None:
