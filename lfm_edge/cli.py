@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,7 +152,7 @@ def verify(
 
     with _progress() as progress:
         result = run(opened, model=model, threads=threads, soc=soc, tokens=tokens, text=text, progress=progress)
-    _render(verification_tables(result), result.to_dict(), json_file)
+    _render(verification_tables(result), result.to_dict(_command()), json_file)
     if not result.passed:
         err.print("verify: FAILED")
         raise typer.Exit(1)
@@ -186,8 +185,7 @@ def sensitivity(
                                       progress=progress)
     if output is not None and bits is not None:
         _write_json(output, bits.to_dict())
-    result = found.to_dict() if bits is None else {**found.to_dict(), "chosen": asdict(chosen), **bits.to_dict()}
-    _render([sensitivity_table(found, chosen, bits)], result, json_file)
+    _render([sensitivity_table(found, chosen, bits)], found.to_dict(_command(), chosen, bits), json_file)
 
 
 @app.command()
@@ -234,8 +232,7 @@ def bench(
                         sustained, budget_bytes, limit_bytes)
     with _progress() as progress:
         result = run(opened, settings, progress=progress.stage)
-    _render(bench_tables(result, projections=project), result.to_dict(shlex.join(["lfm-edge", *sys.argv[1:]])),
-            json_file)
+    _render(bench_tables(result, projections=project), result.to_dict(_command()), json_file)
     for line in budget_lines(result):
         err.print(line, soft_wrap=True, highlight=False, markup=False)
     if not result.passed:
@@ -330,6 +327,11 @@ def _show_bundle(bundle: Bundle) -> None:
     out.print(bundle_table(bundle))
 
 
+def _command() -> str:
+    """The command line that is running, for a shell."""
+    return shlex.join(["lfm-edge", *sys.argv[1:]])
+
+
 def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None) -> None:
     """Tables for people, JSON for machines."""
     if json_file == Path("-"):
@@ -342,10 +344,9 @@ def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None)
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise LfmEdgeError(f"{path}: cannot be written ({error.strerror})") from None
+    from lfm_edge.files import write_text
+
+    write_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def _say(text: str) -> None:
