@@ -240,6 +240,32 @@ def bench(
 
 
 @app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="What bench, verify and sensitivity wrote with --json; of a "
+                                                       "directory, every *.json in it.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page: one HTML file that needs nothing else.")
+                      ] = Path("report.html"),
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the checks as JUnit XML.",
+                                               show_default=False)] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a summary as Markdown.",
+                                                  show_default=False)] = None,
+) -> None:
+    """Put results together: a page with charts, JUnit XML and a summary for CI.
+
+    Exits with 1 where a check in the results failed, once everything is written.
+    """
+    from lfm_edge.report import write_report
+
+    failed = write_report(results, output, junit, markdown)
+    for path in filter(None, (output, junit, markdown)):
+        out.print(f"written to [bold]{escape(str(path))}[/]", soft_wrap=True)
+    for check in failed:
+        err.print(f"{check.subject}: {check.name}: {check.line}", soft_wrap=True, highlight=False, markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     bundle: BundlePath,
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_json_object
 from lfm_edge.harness import bench, sensitivity, verify
-from lfm_edge.harness.bench import BenchResult
+from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut
 from lfm_edge.harness.bench_tables import budget_line, megabytes
 from lfm_edge.harness.host import Host
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
@@ -85,7 +85,7 @@ def read_results(paths: Sequence[Path]) -> list[ResultFile]:
 def checks(result: BenchResult | Verification | FoundSensitivity) -> list[Check]:
     """All that was held against a limit in one result. A sensitivity holds nothing against any."""
     if isinstance(result, BenchResult):
-        return list(_bench_checks(result))
+        return [check for entry in entries(result) for check in entry_checks(result, entry)]
     if isinstance(result, Verification):
         return [Check(result.bundle, name, passed, line) for name, passed, line in _verify_checks(result)]
     return []
@@ -195,17 +195,22 @@ def _shown(value: Any) -> str:
     return f"{value!r:.60}" if not isinstance(value, dict | list) else "a list or an object"
 
 
-def _bench_checks(result: BenchResult) -> Iterator[Check]:
-    for entry in result.benchmarks:
-        subject = entry.bundle if entry.threads is None else f"{entry.bundle}, threads {entry.threads}"
-        yield Check(subject, "memory budget", entry.within_budget, budget_line(entry) if not entry.within_budget else
-                    f"peak memory {megabytes(entry.peak_bytes)}, budget {megabytes(entry.budget_bytes)}")
-        if result.limit_kind:
-            yield Check(subject, "memory limit", True, f"lives under the limit by {result.limit_kind}")
-    for entry in result.over_limit:
-        yield Check(entry.bundle, "memory limit", False, entry.reason)
-    for entry in result.not_measured:
-        yield Check(entry.bundle, "measured", None, entry.reason)
+def entry_checks(result: BenchResult, entry: Benchmark | LeftOut) -> list[Check]:
+    """The checks of one bundle with one number of threads in a result of `bench`."""
+    if isinstance(entry, LeftOut):
+        ended = entry in result.over_limit
+        return [Check(entry.bundle, "memory limit" if ended else "measured", False if ended else None, entry.reason)]
+    subject = entry.bundle if entry.threads is None else f"{entry.bundle}, threads {entry.threads}"
+    found = [Check(subject, "memory budget", entry.within_budget, budget_line(entry) if not entry.within_budget else
+                   f"peak memory {megabytes(entry.peak_bytes)}, budget {megabytes(entry.budget_bytes)}")]
+    if result.limit_kind:
+        found.append(Check(subject, "memory limit", True, f"lives under the limit by {result.limit_kind}"))
+    return found
+
+
+def entries(result: BenchResult) -> list[Benchmark | LeftOut]:
+    """All that a result of `bench` says something of: measured, ended by the limit, not measured."""
+    return [*result.benchmarks, *result.over_limit, *result.not_measured]
 
 
 def _verify_checks(result: Verification) -> Iterator[tuple[str, bool | None, str]]:
