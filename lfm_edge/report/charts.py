@@ -347,8 +347,9 @@ def _ratios(low: float, high: float, start: float, end: float) -> Axis:
 
 
 def _svg(drawn: Iterable[Markup], height: float, title: str, width: int = WIDTH) -> Markup:
-    return Markup('<div class="chart"><svg viewBox="0 0 {} {}" role="img" aria-label="{}" style="min-width:{}px">{}'
-                  "</svg></div>").format(width, _n(height), title, round(width * 0.72), Markup("").join(drawn))
+    return Markup('<div class="chart"><svg viewBox="0 0 {} {}" role="img" aria-label="{}" '
+                  'style="min-width:{}px;max-width:{}px">{}</svg></div>').format(
+                      width, _n(height), title, round(width * 0.7), width, Markup("").join(drawn))
 
 
 def _grid(axis: Axis, left: float, right: float) -> Markup:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut, PointResult
 from lfm_edge.harness.verify import Verification
-from lfm_edge.report.results import Check, ResultFile, checks, entries, entry_checks
+from lfm_edge.report.results import MEMORY_LIMIT, Check, ResultFile, checks, entries, entry_checks
 from lfm_edge.targets import TARGETS
 
 NOT_BENCHED = "no result of bench"
@@ -45,9 +45,9 @@ class Headline:
         return self.benchmark.points[0] if self.benchmark and self.benchmark.points else None
 
     @property
-    def failed(self) -> bool:
-        """Whether a check did."""
-        return any(check.passed is False for check in self.checks)
+    def over_limit(self) -> bool:
+        """Whether the system ended it, as it took more memory than the hard limit."""
+        return any(check.passed is False and check.name == MEMORY_LIMIT for check in self.checks)
 
 
 def headlines(files: Sequence[ResultFile]) -> list[Headline]:

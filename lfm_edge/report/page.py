@@ -100,14 +100,12 @@ def _speeds(row: Headline) -> tuple[Cell, Cell, Cell]:
 def _peak(row: Headline) -> Cell:
     bench = row.benchmark
     if bench is None:
-        ended = any(check.passed is False and check.line == row.reason for check in row.checks)
-        why = Markup('<span class="reason">{}</span>').format(row.reason)
-        return two_lines(failed("over the limit") if ended else none("not measured"), why)
+        return failed("over the limit") if row.over_limit else none("not measured")
     share = bench.peak_bytes / bench.budget_bytes if bench.budget_bytes else 1.0
     said = f"{share:.0%} of {megabytes(bench.budget_bytes)}"
     return two_lines(
         Markup("{} {}").format(megabytes(bench.peak_bytes), charts.meter(share, over=not bench.within_budget)),
-        ok(said) if bench.within_budget else failed(f"{said}, OVER"))
+        ok(said) if bench.within_budget else failed(said))
 
 
 def _not_measured(results: Sequence[ResultFile], rows: Sequence[Headline], names: Names) -> Section | None:

@@ -22,6 +22,7 @@ from lfm_edge.harness.sensitivity import Sensitivity, Whole
 from lfm_edge.harness.verify import Verification
 from lfm_edge.quantization.recipe import MixedBits
 
+MEMORY_LIMIT = "memory limit"
 _LARGEST_INTEGER = 2**63
 # What neither XML nor UTF-8 can hold: control characters, halves of surrogate pairs, the two that are no characters.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -199,12 +200,14 @@ def entry_checks(result: BenchResult, entry: Benchmark | LeftOut) -> list[Check]
     """The checks of one bundle with one number of threads in a result of `bench`."""
     if isinstance(entry, LeftOut):
         ended = entry in result.over_limit
-        return [Check(entry.bundle, "memory limit" if ended else "measured", False if ended else None, entry.reason)]
-    subject = entry.bundle if entry.threads is None else f"{entry.bundle}, threads {entry.threads}"
-    found = [Check(subject, "memory budget", entry.within_budget, budget_line(entry) if not entry.within_budget else
-                   f"peak memory {megabytes(entry.peak_bytes)}, budget {megabytes(entry.budget_bytes)}")]
+        return [Check(entry.bundle, MEMORY_LIMIT if ended else "measured", False if ended else None,
+                      entry.reason.removeprefix(f"{entry.bundle}: "))]
+    its = "" if entry.threads is None else f", {entry.threads} thread{'s' * (entry.threads != 1)}"
+    within = f"peak memory {megabytes(entry.peak_bytes)}, budget {megabytes(entry.budget_bytes)}"
+    found = [Check(entry.bundle, f"memory budget{its}", entry.within_budget, within if entry.within_budget else
+                   budget_line(entry).removeprefix(f"{entry.bundle}: "))]
     if result.limit_kind:
-        found.append(Check(subject, "memory limit", True, f"lives under the limit by {result.limit_kind}"))
+        found.append(Check(entry.bundle, f"{MEMORY_LIMIT}{its}", True, f"lives under the limit by {result.limit_kind}"))
     return found
 
 

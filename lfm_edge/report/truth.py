@@ -10,7 +10,7 @@ from lfm_edge.harness.bench_tables import megabytes
 from lfm_edge.harness.report import short_names
 from lfm_edge.harness.verify import Verification
 from lfm_edge.report import charts
-from lfm_edge.report.cells import DASH, Cell, Figure, Files, Names, Section, Table, commands, none, verdict
+from lfm_edge.report.cells import DASH, Cell, Figure, Files, Names, Section, Table, commands, failed, none, ok, verdict
 from lfm_edge.report.charts import Bar, Dot, Value
 from lfm_edge.report.results import FoundSensitivity
 
@@ -49,7 +49,7 @@ def _phases(result: Verification, names: Names) -> Table:
          f"{row.top1_agreement:.1%}", f"{floor.logit_error:.1e}" if floor else "", verdict(row.within(limits)))
         for row, floor in agreements]
     rows += [(phase, "", "", "", "", "", "", none(f"not run: {reason}")) for phase, reason in result.skipped.items()]
-    differ = f"{len(weights.missing)} differ: {', '.join(weights.missing[:3])}"
+    differ = f"FAILED: {len(weights.missing)} differ: {', '.join(weights.missing[:3])}"
     rows += [
         ("limit of each", "", f"{limits.logit_error:.1e}", "", f"{limits.kl_divergence:.1e}", "", "", ""),
         ("median of all", "", f"{result.typical_error:.1e}", "", "", "", f"{result.typical_floor:.1e}",
@@ -57,8 +57,8 @@ def _phases(result: Verification, names: Names) -> Table:
         ("limit of the median", "", f"{limits.typical_error:.1e}", "", "", "", "", ""),
         ("greedy answer", str(greedy.tokens), "", "", "", f"{greedy.exact} exact, {greedy.ties} tied", "",
          verdict(greedy.passed)),
-        ("weights, bit for bit", str(weights.blobs), "", "", "", "same" if weights.passed else differ, "",
-         verdict(weights.passed))]
+        ("weights, bit for bit", str(weights.blobs), "", "", "", "", "",
+         ok("same bits") if weights.passed else failed(differ))]
     heading = Markup("<b>{}</b>, {}{}").format(names.bundle(result.bundle), result.target,
                                                f": {result.remark}" if result.remark else "")
     return Table(("phase", "positions", "logit error", "cosine", "KL, nats", "top-1", "noise floor", ""), rows,
