@@ -16,7 +16,7 @@ from markupsafe import Markup
 SERIES_COLOURS = 8
 WIDTH, HALF, _HEIGHT = 880, 450, 340  # HALF: of charts that stand in pairs
 _RIGHT, _TOP, _BOTTOM = 24, 16, 44
-_ROW, _BAR, _LINE = 26, 14, 16
+_ROW, _BAR, _LINE, _NARROWEST = 26, 14, 16, 80
 _CHARACTER = 6.7  # of a 12 px sans serif, on average
 _LONGEST_LABEL = 38
 _TICKS = 5
@@ -172,7 +172,7 @@ def bars(rows: Sequence[Bar], *, title: str, unit: float = 1.0, x_title: str, pa
     top = _TOP + _LINE * (len(beyond) or bool(shown)) + _LINE * bool(heading)
     noted = max((_width(row.note) for row in rows), default=0)
     bottom = top + _ROW * len(rows)
-    right = width - _RIGHT - (noted + 8 if noted else 0)
+    right = max(width - _RIGHT - (noted + 8 if noted else 0), left + _NARROWEST)
     axis = _linear(0, max([longest, *(line.at for line in shown)]) / unit, left, right)
     drawn = [_heading(heading), _columns(axis, top, bottom)]
     for place, row in enumerate(rows):
@@ -209,7 +209,7 @@ def _dots(rows: Sequence[Dot], heading: str, title: str, x_title: str, one: bool
         return Markup("")
     left, noted = _label_width(row.label for row in rows), max(_width(row.note) for row in rows)
     top = _TOP + _LINE
-    right, bottom = HALF - _RIGHT - noted - 8, top + _ROW * len(rows)
+    right, bottom = max(HALF - _RIGHT - noted - 8, left + _NARROWEST), top + _ROW * len(rows)
     axis = (_ratios if one else _decades)(*reach, left, right)
     drawn = [_heading(heading), _columns(axis, top, bottom)]
     if one:

@@ -162,4 +162,4 @@ def _hosts(results: Sequence[ResultFile]) -> Section:
 
 def _host(file: ResultFile) -> str:
     host = file.provenance.host
-    return f"{host.cpu}, {host.cores} cores, {host.memory_bytes / 1e9:,.0f} GB, {host.system}"
+    return f"{host.cpu}, {host.cores} cores, {host.memory_bytes / 1e9:,.0f} GB"
