@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, PointResult
+from lfm_edge.harness.report import megabytes
 from lfm_edge.harness.round import PROMPT
 from lfm_edge.harness.stats import Spread
 from lfm_edge.harness.verify import Verification
@@ -119,6 +120,11 @@ def value(spread: Spread) -> Value:
 def ranged(spread: Spread, digits: int, unit: str) -> Markup:
     """A median, and the range of the rounds."""
     return two_lines(f"{spread.median:,.{digits}f} {unit}", f"{spread.low:,.{digits}f} to {spread.high:,.{digits}f}")
+
+
+def size(count: int | None) -> str:
+    """Bytes; a dash where there are none to tell."""
+    return DASH if count is None else megabytes(count)
 
 
 def seconds(duration: float) -> str:

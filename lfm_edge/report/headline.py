@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut, PointResult
 from lfm_edge.harness.verify import Verification
-from lfm_edge.report.results import MEMORY_LIMIT, Check, ResultFile, checks, entries, entry_checks
+from lfm_edge.report.results import MEMORY_LIMIT, Check, ResultFile, checks, entries, entry_checks, is_peer
 from lfm_edge.targets import TARGETS
 
 NOT_BENCHED = "no result of bench"
@@ -23,16 +23,23 @@ class Headline:
 
     benchmark: None where it was not measured, and `reason` says why
     verification: None where no result of `verify` was given
-    checks: all that was held against a limit
+    checks: all that was held against a limit; target, artifact_bytes: None for a peer that has none, or was not built
+    peer: whether it is no bundle, but what another exporter has built
     """
 
     bundle: str
-    target: str
-    artifact_bytes: int
+    target: str | None
+    artifact_bytes: int | None
     verification: Verification | None
     benchmark: Benchmark | None
     reason: str
     checks: tuple[Check, ...]
+    peer: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The target's name, or that it is a peer."""
+        return "a peer" if self.peer else self.target or ""
 
     @property
     def runs_on(self) -> str:
@@ -71,6 +78,6 @@ def same(bundle: str) -> str:
 
 def _row(result: BenchResult, entry: Benchmark | LeftOut, verification: Verification | None) -> Headline:
     found = (*entry_checks(result, entry), *(checks(verification) if verification else ()))
-    if isinstance(entry, LeftOut):
-        return Headline(entry.bundle, entry.target, entry.artifact_bytes, verification, None, entry.reason, found)
-    return Headline(entry.bundle, entry.target, entry.artifact_bytes, verification, entry, "", found)
+    measured, reason = (None, entry.reason) if isinstance(entry, LeftOut) else (entry, "")
+    return Headline(entry.bundle, entry.target, entry.artifact_bytes, verification, measured, reason, found,
+                    is_peer(entry))

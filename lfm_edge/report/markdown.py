@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from lfm_edge.harness.report import megabytes
-from lfm_edge.report.cells import Names, at
+from lfm_edge.report.cells import Names, at, size
 from lfm_edge.report.headline import Headline, headlines
 from lfm_edge.report.results import ResultFile, checks
 
@@ -50,12 +50,13 @@ def _row(row: Headline, names: Names) -> tuple[str, ...]:
     right = ("not verified", "") if result is None else (_count(row), f"{result.quality.kl_divergence:.4f}")
     if bench is None:
         why = "❌ over the memory limit" if row.over_limit else "not measured"
-        return (code(name), code(row.target), megabytes(row.artifact_bytes), *right, "", "", why, "")
+        return (code(name), code(row.kind), size(row.artifact_bytes), *right, "", "", why, "")
     speeds = ("", "") if point is None else (
         f"{point.prefill_tps.median:,.1f} tok/s, {point.tokens:,} tokens",
         f"{point.decode_tps.median:,.1f} tok/s, {at(point)}")
-    return (code(name), code(row.target), megabytes(row.artifact_bytes), *right, *speeds, megabytes(bench.peak_bytes),
-            f"{'✅ within' if bench.within_budget else '❌ over'} {megabytes(bench.budget_bytes)}")
+    budget = f"{'✅ within' if bench.within_budget else '❌ over'} {megabytes(bench.budget_bytes)}"
+    return (code(name), code(row.kind), size(row.artifact_bytes), *right, *speeds, megabytes(bench.peak_bytes),
+            "" if row.peer else budget)
 
 
 def _count(row: Headline) -> str:

@@ -6,7 +6,7 @@ from lfm_edge.harness.bench import Benchmark, BenchResult
 from lfm_edge.harness.bench_tables import PARTS, megabytes
 from lfm_edge.harness.limit import COUNTS
 from lfm_edge.report import charts
-from lfm_edge.report.cells import Cell, Figure, Files, Names, Section, Table, caption, commands, two_lines
+from lfm_edge.report.cells import DASH, Cell, Figure, Files, Names, Section, Table, caption, commands, size, two_lines
 from lfm_edge.report.charts import Bar, Line
 
 _MB = 1e6
@@ -17,7 +17,7 @@ def by_part(files: Files, names: Names) -> Section:
     """The prediction, the measured peak and the budget."""
     blocks: list[Table | Figure] = []
     for file, result in files:
-        rows = [Bar(names.series(entry), [entry.predicted.parts[part] for part in PARTS],
+        rows = [Bar(names.series(entry), _predicted(entry),
                     f"peak {megabytes(entry.peak_bytes)}", mark=entry.peak_bytes) for entry in result.benchmarks]
         budgets = dict.fromkeys(entry.budget_bytes for entry in result.benchmarks)
         blocks.append(Figure("Predicted by part, and the measured peak", [charts.bars(
@@ -31,9 +31,9 @@ def by_part(files: Files, names: Names) -> Section:
 
 
 def _parts(result: BenchResult, names: Names) -> Table:
-    rows = {name: [megabytes(entry.predicted.parts[part]) for entry in result.benchmarks]
+    rows = {name: [size(entry.predicted and entry.predicted.parts[part]) for entry in result.benchmarks]
             for part, name in PARTS.items()}
-    rows |= {"predicted": [megabytes(entry.predicted.total) for entry in result.benchmarks],
+    rows |= {"predicted": [size(entry.predicted and entry.predicted.total) for entry in result.benchmarks],
              "measured peak": [_against_prediction(entry) for entry in result.benchmarks],
              "predicted at the full context": [_at_full_context(entry) for entry in result.benchmarks],
              "artifact": [megabytes(entry.artifact_bytes) for entry in result.benchmarks],
@@ -46,13 +46,20 @@ def _parts(result: BenchResult, names: Names) -> Table:
                  caption=limit, folded="Every part")
 
 
+def _predicted(entry: Benchmark) -> list[int]:
+    """Bytes of each part; none of a peer, of which no manifest tells."""
+    return [entry.predicted.parts[part] if entry.predicted else 0 for part in PARTS]
+
+
 def _against_prediction(entry: Benchmark) -> Cell:
-    total, peak = entry.predicted.total, megabytes(entry.peak_bytes)
+    total, peak = entry.predicted and entry.predicted.total, megabytes(entry.peak_bytes)
     return two_lines(peak, f"{entry.peak_bytes / total - 1:+.0%} of predicted") if total else peak
 
 
 def _at_full_context(entry: Benchmark) -> Cell:
     full = entry.at_full_context
+    if full is None:
+        return DASH
     over = ", over the budget" if full.total > entry.budget_bytes else ""
     return two_lines(megabytes(full.total), f"{full.filled:,} filled{over}")
 

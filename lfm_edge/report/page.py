@@ -25,6 +25,7 @@ from lfm_edge.report.cells import (
     none,
     ok,
     seconds,
+    size,
     two_lines,
     when,
 )
@@ -74,8 +75,8 @@ def _headline(rows: Sequence[Headline], names: Names) -> Table:
     """What runs where, how large, how right, how fast, in how much memory."""
     return Table(
         ("bundle", "runs on", "artifact", "verified", "prefill", "decode", "first token", "peak memory"),
-        [(two_lines(names.series(row.benchmark) if row.benchmark else names.bundle(row.bundle), row.target),
-          row.runs_on or DASH, megabytes(row.artifact_bytes), _verified(row.verification), *_speeds(row), _peak(row))
+        [(two_lines(names.series(row.benchmark) if row.benchmark else names.bundle(row.bundle), row.kind),
+          row.runs_on or DASH, size(row.artifact_bytes), _verified(row.verification), *_speeds(row), _peak(row))
          for row in rows], text=frozenset({1, 3}))
 
 
@@ -103,6 +104,8 @@ def _peak(row: Headline) -> Cell:
         return failed("over the limit") if row.over_limit else none("not measured")
     share = bench.peak_bytes / bench.budget_bytes if bench.budget_bytes else 1.0
     said = f"{share:.0%} of {megabytes(bench.budget_bytes)}"
+    if row.peer:
+        return two_lines(megabytes(bench.peak_bytes), said)
     return two_lines(
         Markup("{} {}").format(megabytes(bench.peak_bytes), charts.meter(share, over=not bench.within_budget)),
         ok(said) if bench.within_budget else failed(said))
@@ -119,7 +122,7 @@ def _missing(results: Sequence[ResultFile], rows: Sequence[Headline]) -> Iterato
     for row in rows:
         if row.benchmark is None:
             yield row.bundle, "speed and memory", row.reason
-        if row.verification is None:
+        if row.verification is None and not row.peer:
             yield row.bundle, "parity and quality", "no result of verify was given"
     for result in (file.result for file in results):
         if isinstance(result, Verification):

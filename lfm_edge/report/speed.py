@@ -127,7 +127,7 @@ def of_the_limit(files: Files, names: Names) -> Section:
         rows = [Bar(f"{names.series(entry)}, {at(point)}", [point.efficiency],
                     f"{point.efficiency:.0%} of {point.limit_tps:,.0f} tok/s, {megabytes(point.step_bytes)} a token",
                     names.index(entry.bundle, entry.threads))
-                for entry, point in points if not point.fits_cache and point.limit_tps > 0]
+                for entry, point in points if not point.fits_cache and point.limit_tps]
         if rows:
             blocks.append(Figure("Share of the limit", [charts.bars(
                 rows, title="Share of the read bandwidth", unit=0.01, x_title="% of what the memory allows",
