@@ -9,7 +9,7 @@ TARGET ?= android-q4
 OUT ?= out
 BUNDLE = $(OUT)/$(subst :,-,$(notdir $(patsubst %/,%,$(MODEL:%/checkpoint=%))))-$(TARGET)
 
-.PHONY: demo test test-heavy lint train-tiny clean
+.PHONY: demo figures test test-heavy lint train-tiny clean
 
 # llama.cpp is compiled when it is installed, in some ten minutes: only for the target that it runs.
 demo: $(VENV)/.installed $(if $(filter gguf-%,$(TARGET)),$(VENV)/.installed-llamacpp)  ## export MODEL to TARGET, verify it, let it answer, measure it
@@ -17,6 +17,9 @@ demo: $(VENV)/.installed $(if $(filter gguf-%,$(TARGET)),$(VENV)/.installed-llam
 	$(BIN)/lfm-edge verify $(BUNDLE)
 	$(BIN)/python examples/python/ask.py $(BUNDLE)
 	$(BIN)/lfm-edge bench $(BUNDLE)
+
+figures: $(VENV)/.installed  ## measure MODEL on every target that runs here: a report, and the table in README.md
+	$(BIN)/python examples/python/figures.py $(MODEL)
 
 test: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the tests, without the heavy ones
 	$(BIN)/python -m pytest

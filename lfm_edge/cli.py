@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,7 +157,7 @@ def verify(
 
     with _progress() as progress:
         result = run(opened, model=model, threads=threads, soc=soc, tokens=tokens, text=text, progress=progress)
-    _render(verification_tables(result), result.to_dict(), json_file)
+    _render(verification_tables(result), result.to_dict(_command()), json_file)
     if not result.passed:
         err.print("verify: FAILED")
         raise typer.Exit(1)
@@ -191,8 +190,7 @@ def sensitivity(
                                       progress=progress)
     if output is not None and bits is not None:
         _write_json(output, bits.to_dict())
-    result = found.to_dict() if bits is None else {**found.to_dict(), "chosen": asdict(chosen), **bits.to_dict()}
-    _render([sensitivity_table(found, chosen, bits)], result, json_file)
+    _render([sensitivity_table(found, chosen, bits)], found.to_dict(_command(), chosen, bits), json_file)
 
 
 @app.command()
@@ -248,11 +246,36 @@ def bench(
                         sustained, budget_bytes, limit_bytes, against or (), model)
     with _progress() as progress:
         result = run(opened, settings, progress=progress.stage)
-    _render(bench_tables(result, projections=project), result.to_dict(shlex.join(["lfm-edge", *sys.argv[1:]])),
-            json_file)
+    _render(bench_tables(result, projections=project), result.to_dict(_command()), json_file)
     for line in budget_lines(result):
         err.print(line, soft_wrap=True, highlight=False, markup=False)
     if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="What bench, verify and sensitivity wrote with --json; of a "
+                                                       "directory, every *.json in it.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page: one HTML file that needs nothing else.")
+                      ] = Path("report.html"),
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the checks as JUnit XML.",
+                                               show_default=False)] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a summary as Markdown.",
+                                                  show_default=False)] = None,
+) -> None:
+    """Put results together: a page with charts, JUnit XML and a summary for CI.
+
+    Exits with 1 where a check in the results failed, once everything is written.
+    """
+    from lfm_edge.report import write_report
+
+    failed = write_report(results, output, junit, markdown)
+    for path in filter(None, (output, junit, markdown)):
+        out.print(f"written to [bold]{escape(str(path))}[/]", soft_wrap=True)
+    for check in failed:
+        err.print(f"{check.subject}: {check.name}: {check.line}", soft_wrap=True, highlight=False, markup=False)
+    if failed:
         raise typer.Exit(1)
 
 
@@ -344,6 +367,11 @@ def _show_bundle(bundle: Bundle) -> None:
     out.print(bundle_table(bundle))
 
 
+def _command() -> str:
+    """The command line that is running, for a shell."""
+    return shlex.join(["lfm-edge", *sys.argv[1:]])
+
+
 def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None) -> None:
     """Tables for people, JSON for machines."""
     if json_file == Path("-"):
@@ -356,10 +384,9 @@ def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None)
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise LfmEdgeError(f"{path}: cannot be written ({error.strerror})") from None
+    from lfm_edge.files import write_text
+
+    write_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def _say(text: str) -> None:

@@ -1,11 +1,13 @@
-"""Reading files that came from somewhere else."""
+"""Reading files that came from somewhere else, and writing files that are whole or not there."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lfm_edge.errors import LfmEdgeError
 
@@ -46,3 +48,34 @@ def text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not text")
     return value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write and read, beside `path`, which takes its place when the block ends well.
+
+    What is there already and is no file (a terminal, a pipe) is written as it is. Raises LfmEdgeError where the system
+    does not let it be written.
+    """
+    place = path.resolve()  # a link stays a link
+    try:
+        if place.exists() and not place.is_file() and not place.is_dir():
+            with place.open("wb") as file:
+                yield file
+            return
+        partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
+        try:
+            with partial.open("w+b") as file:
+                yield file
+            partial.replace(place)
+        finally:
+            with suppress(OSError):  # it is in its place, or could not be made
+                partial.unlink()
+    except OSError as error:
+        raise LfmEdgeError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file, whole or not at all. Raises LfmEdgeError where it cannot be written."""
+    with replacing(path) as file:
+        file.write(content.encode())

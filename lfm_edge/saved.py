@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
-from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.files import text
+from lfm_edge.errors import BundleError
+from lfm_edge.files import replacing, text
 from lfm_edge.state import Snapshot, StateSpec
 
 FORMAT, VERSION = "lfm-edge session", "1"
@@ -64,17 +62,8 @@ class SavedSession:
 
     def write(self, path: Path) -> None:
         """Write the file beside its place and move it there. Raises LfmEdgeError where that cannot be done."""
-        path = path.resolve()  # a link stays a link
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            with partial.open("w+b") as file:
-                self._write(file)
-            partial.replace(path)
-        except OSError as error:
-            raise LfmEdgeError(f"{path}: cannot be written ({error.strerror})") from None
-        finally:
-            with suppress(OSError):  # it is in its place, or could not be made
-                partial.unlink()
+        with replacing(path) as file:
+            self._write(file)
 
     def _write(self, file: BinaryIO) -> None:
         """Wider types come first, so that each tensor begins at a multiple of its size."""

@@ -12,7 +12,7 @@ from lfm_edge import cli
 from lfm_edge.bundle import new_bundle
 from tests.helpers import REPO, TINY, contents, fill_bundle, lfm_edge
 
-COMMANDS = ("targets", "export", "inspect", "verify", "sensitivity", "bench", "generate", "chat")
+COMMANDS = ("targets", "export", "inspect", "verify", "sensitivity", "bench", "report", "generate", "chat")
 
 # Fails where anything imports torch or a backend.
 LIGHT = """
@@ -112,7 +112,7 @@ def test_targets_says_how_to_install_a_missing_backend():
 
 @pytest.mark.parametrize("arguments", [
     ["nonsense"], ["export"], ["export", "--target"], ["export", "--target", "android-q4", "--contxt", "64"],
-    ["export", "--target", "android-q4", "--context", "many"], ["inspect"], ["verify"], ["bench"],
+    ["export", "--target", "android-q4", "--context", "many"], ["inspect"], ["verify"], ["bench"], ["report"],
     ["generate", "somewhere"], ["generate", "somewhere", "--prompt", "x", "--max-tokens", "0"],
     ["generate", "somewhere", "--prompt", "x", "--temperature", "-1"], ["bench", "somewhere", "--repeat", "0"],
     ["bench", "somewhere", "--threads", "0"], ["inspect", "one", "two"],

@@ -1,14 +1,19 @@
 """The docs name only commands, options, files and targets that exist."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 
 import pytest
 import typer.main
+import yaml
 
 from lfm_edge.cli import app
 from lfm_edge.targets import TARGETS
-from tests.helpers import REPO
+from tests.helpers import REPO, TINY
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), REPO / "examples/tiny-model/README.md"]
 COMMAND = typer.main.get_command(app)
@@ -50,3 +55,63 @@ def test_every_link_and_make_target_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_figure_is_missing(page):
     assert "@@" not in page.read_text()
+
+
+# --- the workflow of docs/ci.md -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workflow():
+    block = re.search(r"^```yaml\n(.*?)^```", (REPO / "docs/ci.md").read_text(), flags=re.DOTALL | re.MULTILINE)[1]
+    return yaml.safe_load(block)
+
+
+@pytest.fixture(scope="module")
+def steps(workflow):
+    job, = workflow["jobs"].values()
+    return job["steps"]
+
+
+def scripts(steps):
+    return [step["run"] for step in steps if "run" in step]
+
+
+def test_the_workflow_is_one(workflow, steps):
+    assert workflow[True] == ["push", "pull_request"]  # YAML 1.1, which Python's reader follows, takes `on` for true
+    assert "MODEL" in workflow["env"]
+    assert all(("uses" in step) != ("run" in step) for step in steps)
+    assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+
+
+def test_every_command_of_the_workflow_parses(steps):
+    lines = [line for script in scripts(steps) for line in script.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("lfm-edge ")]
+    assert [words[1] for words in commands] == ["export", "verify", "bench", "report"]
+    for _, name, *arguments in commands:
+        COMMAND.commands[name].make_context(name, arguments)
+    assert "--budget" in commands[2]
+
+
+def test_the_workflow_installs_what_there_is(steps):
+    install, = (script for script in scripts(steps) if "pip install" in script)
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert re.search(r"lfm-edge\[([\w,]+)\]", install)[1] in project["optional-dependencies"]
+    assert re.search(r"torch==\S+", install)[0] in project["dependencies"]
+
+
+@pytest.mark.heavy
+def test_the_workflow_runs_and_leaves_what_it_uploads(workflow, steps, tmp_path):
+    """Its steps but the installation, with the small trained model."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin/lfm-edge"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lfm_edge.cli "$@"\n')
+    command.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{command.parent}:{os.environ['PATH']}", "MODEL": str(TINY), "PYTHONPATH": str(REPO),
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "step-summary")}
+    for script in scripts(steps):
+        if "pip install" not in script:
+            subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True)
+    assert "checks passed" in (tmp_path / "step-summary").read_text()
+    kept = steps[-1]["with"]["path"].split()
+    assert len(kept) == 3 and all(list(tmp_path.glob(pattern)) for pattern in kept)

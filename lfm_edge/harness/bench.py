@@ -10,14 +10,13 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lfm_edge.bundle import Bundle, Manifest
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.devices import Projection, project
-from lfm_edge.harness.host import Host, usable_cores, versions
+from lfm_edge.harness.host import Host, provenance, usable_cores
 from lfm_edge.harness.limit import COUNTS, memory_limit
 from lfm_edge.harness.memory import Memory
 from lfm_edge.harness.peers import PEERS, peers_named
@@ -273,7 +272,6 @@ class BenchResult:
     over_limit: tuple[LeftOut, ...]
     read_bandwidth: dict[int, float]
     limit_kind: str = ""
-    made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def passed(self) -> bool:
@@ -288,8 +286,7 @@ class BenchResult:
     def to_dict(self, command: str = "") -> dict[str, Any]:
         """For JSON, by the schema of docs/benchmarks.md. command: that made it"""
         return {
-            "schema": SCHEMA, "made": self.made, "command": command, "passed": self.passed, "host": asdict(self.host),
-            "versions": versions(), "settings": asdict(self.settings),
+            **provenance(SCHEMA, command), "passed": self.passed, "settings": asdict(self.settings),
             "read_bandwidth": {str(threads): value for threads, value in self.read_bandwidth.items()},
             "memory_limit": {"bytes": self.settings.memory_limit, "kind": self.limit_kind,
                              "counts": COUNTS[self.limit_kind]} if self.limit_kind else None,

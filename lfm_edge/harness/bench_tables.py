@@ -15,7 +15,7 @@ from lfm_edge.harness.report import megabytes
 from lfm_edge.harness.round import PROMPT
 from lfm_edge.harness.stats import Spread
 
-_PARTS = {"weights": "weights", "embedding": "embedding table", "kv_cache": "KV cache", "conv_state": "conv state",
+PARTS = {"weights": "weights", "embedding": "embedding table", "kv_cache": "KV cache", "conv_state": "conv state",
           "activations": "activations, estimated", "runtime": "the runtime's own"}
 
 
@@ -37,16 +37,19 @@ def bench_tables(result: BenchResult, *, projections: bool = False) -> list[Tabl
 def budget_lines(result: BenchResult) -> list[str]:
     """One line for each bundle that is over its limit or the budget: by how much, of what, and what would help."""
     lines = [entry.reason for entry in result.over_limit]
-    for bench in (bench for bench in result.bundles if not bench.within_budget):
-        parts = bench.predicted.parts
-        largest = bench.predicted.largest
-        help_ = " or ".join(bench.remedies)
-        advice = f"an export with {help_} would bring it under" if help_ else \
-            "no smaller context, int8 KV cache or 4-bit head would bring it under"
-        lines.append(f"{bench.bundle}: peak memory {megabytes(bench.peak_bytes)} is over the budget of "
-                     f"{megabytes(bench.budget_bytes)}; most of it: {_PARTS[largest]}, {megabytes(parts[largest])} of "
-                     f"{megabytes(bench.predicted.total)} predicted; {advice}")
+    lines += [budget_line(bench) for bench in result.bundles if not bench.within_budget]
     return list(dict.fromkeys(lines))
+
+
+def budget_line(bench: Benchmark) -> str:
+    """By how much a bundle is over the budget, what takes most of it, and what would help."""
+    largest = bench.predicted.largest
+    help_ = " or ".join(bench.remedies)
+    advice = f"an export with {help_} would bring it under" if help_ else \
+        "no smaller context, int8 KV cache or 4-bit head would bring it under"
+    return (f"{bench.bundle}: peak memory {megabytes(bench.peak_bytes)} is over the budget of "
+            f"{megabytes(bench.budget_bytes)}; most of it: {PARTS[largest]}, "
+            f"{megabytes(bench.predicted.parts[largest])} of {megabytes(bench.predicted.total)} predicted; {advice}")
 
 
 def _speed(result: BenchResult) -> Table:
@@ -84,7 +87,7 @@ def _memory(result: BenchResult) -> Table:
             (f"{megabytes(m.memory.anonymous)} + {megabytes(m.memory.file_backed)}" for m in r.moments
              if (m.after, m.tokens) == key), ""))
     _add(table, result, "peak", lambda r: megabytes(r.peak_bytes))
-    for part, name in _PARTS.items():
+    for part, name in PARTS.items():
         _add(table, result, f"  predicted: {name}",
              lambda r, part=part: megabytes(r.predicted.parts[part]) if r.predicted else "")
     _add(table, result, "predicted", _against_prediction)

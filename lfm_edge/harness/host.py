@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import lfm_edge
 
@@ -34,6 +36,12 @@ class Host:
         return cls(_processor(), usable_cores(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
                    _cache_bytes(), f"{platform.system()} {platform.release()} {platform.machine()}",
                    platform.python_version())
+
+
+def provenance(schema: str, command: str) -> dict[str, Any]:
+    """What every JSON result begins with: its schema, when it was made, the command that makes it again, and where."""
+    return {"schema": schema, "made": datetime.now(UTC).isoformat(timespec="seconds"), "command": command,
+            "host": asdict(Host.here()), "versions": versions()}
 
 
 def usable_cores() -> int:

@@ -65,7 +65,7 @@ def sensitivity_table(found: Sensitivity, chosen: Whole | None, bits: MixedBits 
                   title=title, title_justify="left")
     for cost in sorted(found.costs, key=lambda cost: -cost.per_megabyte):
         choice = [] if bits is None else [str(bits.bits_of(cost.weights[0]))]
-        table.add_row(_short_names(cost.weights), f"{cost.kl_divergence:.6f}", megabytes(cost.bytes_saved),
+        table.add_row(short_names(cost.weights), f"{cost.kl_divergence:.6f}", megabytes(cost.bytes_saved),
                       f"{cost.per_megabyte:.6f}", *choice)
     table.add_section()
     for name, whole in (("all at 8 bits", found.eight_bits), ("all at 4 bits", found.four_bits), ("as chosen", chosen)):
@@ -74,7 +74,7 @@ def sensitivity_table(found: Sensitivity, chosen: Whole | None, bits: MixedBits 
     return table
 
 
-def _short_names(weights: tuple[str, ...]) -> str:
+def short_names(weights: tuple[str, ...]) -> str:
     """`layers.3 feed_forward.w1, w3` of the weights' full names."""
     names = [name.removeprefix("model.").removesuffix(".weight") for name in weights]
     stem = names[0].rpartition(".")[0] + "."

@@ -23,6 +23,7 @@ from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_text
+from lfm_edge.harness.host import provenance
 from lfm_edge.model.decoder import DecoderLayer
 from lfm_edge.model.lowering import Linears, Lowering, Weight
 from lfm_edge.model.weights import LayerWeights
@@ -33,6 +34,7 @@ from lfm_edge.quantization.walk import Walk
 from lfm_edge.sample import TEXT, prompt_windows, prompts_in, text_windows
 from lfm_edge.tokenizer import TextTokenizer
 
+SCHEMA = "lfm-edge/sensitivity/1"
 FLOAT = "float32"
 _WINDOW = 256
 
@@ -75,9 +77,13 @@ class Sensitivity:
     four_bits: Whole
     costs: list[Cost]
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def to_dict(self, command: str = "", chosen: Whole | None = None, bits: MixedBits | None = None) -> dict[str, Any]:
+        """For JSON, by the schema of docs/quantization.md.
+
+        command: that made it; chosen, bits: a choice of bits, where one was made, and what it takes and costs
+        """
+        choice = {} if bits is None or chosen is None else {"chosen": asdict(chosen), **bits.to_dict()}
+        return {**provenance(SCHEMA, command), **asdict(self), **choice}
 
 
 def analyse(model: str | Path, *, text: str | Path | None = None, tokens: int = 512, group_size: int = 32,

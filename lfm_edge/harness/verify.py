@@ -12,6 +12,7 @@ from lfm_edge.errors import BundleError
 from lfm_edge.files import read_text
 from lfm_edge.harness import parity, quality
 from lfm_edge.harness.baked import baked_agreement
+from lfm_edge.harness.host import provenance
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.calibration import read_kv_scales, read_windows
@@ -19,8 +20,9 @@ from lfm_edge.quantization.recipe import GPTQ
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.sample import sample_tokens, text_windows
 from lfm_edge.state import StateSpec
-from lfm_edge.targets import reference_runtime
+from lfm_edge.targets import Thresholds, reference_runtime
 
+SCHEMA = "lfm-edge/verify/1"
 GREEDY_TOKENS = 24
 NOISE_DRAWS = 2
 TEXT_WINDOW, TEXT_TOKENS = 512, 4096  # of a user's text; one model's logits of all of it are held at once
@@ -46,7 +48,10 @@ class WeightCheck:
 class Verification:
     """What `verify` found.
 
+    context: positions that its state holds; artifact_bytes, state_bytes: of its files, and of the state
+    source: the checkpoint that it was made from
     remark: who computes, where that is not what computes on the device
+    thresholds: the target's
     floor: the quantized reference against itself with some roundings of noise, phase by phase
     limits: what parity must keep to, from the target's thresholds and the floor
     typical_error, typical_floor: the median error over all positions, of the artifact and of the noise
@@ -54,8 +59,14 @@ class Verification:
     baked: a session that starts from the baked prompt against one that prefilled it, both of the artifact
     """
 
+    bundle: str
     target: str
+    context: int
+    artifact_bytes: int
+    state_bytes: int
+    source: str
     remark: str
+    thresholds: Thresholds
     weights: WeightCheck
     parity: list[parity.Agreement]
     floor: list[parity.Agreement]
@@ -85,10 +96,12 @@ class Verification:
                 and self.greedy.passed and self.baked_passed and self.quality.passed
                 and all(task.passed for task in self.tasks))
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_dict(self, command: str = "") -> dict[str, Any]:
+        """For JSON, by the schema of docs/verification.md. command: that made it"""
         return {
-            "target": self.target, "remark": self.remark, "passed": self.passed,
+            **provenance(SCHEMA, command), "passed": self.passed, "bundle": self.bundle, "target": self.target,
+            "context": self.context, "artifact_bytes": self.artifact_bytes, "state_bytes": self.state_bytes,
+            "source": self.source, "remark": self.remark, "thresholds": asdict(self.thresholds),
             "weights": {**asdict(self.weights), "passed": self.weights.passed}, "limits": asdict(self.limits),
             "parity": [{**asdict(row), "passed": row.within(self.limits)} for row in self.parity],
             "typical_error": self.typical_error, "typical_floor": self.typical_floor,
@@ -159,7 +172,8 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     typical_floor = max(parity.typical_error(draw, theirs) for draw in disturbed)
     limits = parity.Limits.of(thresholds, floor, typical_floor)
     return Verification(
-        manifest.target, remark, found,
+        str(bundle.directory), manifest.target, manifest.state.context, bundle.artifact_bytes, manifest.state.nbytes,
+        manifest.source, remark, thresholds, found,
         [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
         parity.typical_error(ours, theirs), typical_floor, parity.judge_greedy(answer, followed, limits), cost,
         quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped, baked)
