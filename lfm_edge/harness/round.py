@@ -230,6 +230,7 @@ def _at_fill(session: Session, prompt: list[int], fill: int, plan: Plan, recorde
     part = prompt[:min(plan.chunk or session.chunk, fill - plan.generate)]
     recorder.begin(f"fill of {fill} tokens")
     session.stand_at(fill - plan.generate - len(part))
+    reset_peak()  # what it takes to get there is not measured
     return _point(session, FILL, fill, part, plan.generate, recorder)
 
 
