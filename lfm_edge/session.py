@@ -133,7 +133,8 @@ class Session(ABC):
         """
         if position > self.spec.context:
             raise ContextFull(f"position {position} is past the context of {self.spec.context}")
-        self._repeat_rows(position)
+        if position > self.position:
+            self._repeat_rows(position)
         self.position = position
 
     def _repeat_rows(self, position: int) -> None:

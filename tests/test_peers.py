@@ -142,7 +142,7 @@ def test_a_round_measures_it_as_it_measures_a_bundle(built):
     threads = 1 if PEERS[built.peer].takes_threads else None
     made = run_round(Plan(str(built.directory), threads, (40,), 4, (128,), sustained_s=0.1, chunk=32))
     assert [(point.kind, point.tokens, point.prefill_tokens) for point in made.points] == [
-        (PROMPT, 40, 40), (FILL, 128, 32 if built.manifest is None else 124)]
+        (PROMPT, 40, 40), (FILL, 128, 32)]
     assert [(moment.after, moment.tokens) for moment in made.moments] == [
         ("load", 0), ("first prefill", 40), ("prefill", 40), ("decode", 44), ("prefill", 124), ("decode", 128),
         ("sustained decode", made.moments[-1].tokens)]

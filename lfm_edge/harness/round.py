@@ -37,7 +37,7 @@ class Plan:
     threads: of the runtime; None leaves them to it
     prompts: lengths to prefill from an empty context, each followed by `generate` decoded tokens
     fills: context fills at which a step of prefill and `generate` tokens of decode end
-    chunk: tokens of that step; a bundle's own where None is given
+    chunk: most tokens of that step; the session's own where None is given
     sustained_s: seconds to decode without a pause; 0 for not at all
     """
 
@@ -214,7 +214,7 @@ def measure_round(plan: Plan, limit: MemoryLimit | None = None) -> Round:
     first_token_s, _ = timed(lambda: session.prefill(prompt[:plan.prompts[0]]))
     recorder.note("first prefill", session.position)
     points = [_at_prompt(session, prompt[:length], plan.generate, recorder) for length in plan.prompts]
-    points += [_at_fill(session, prompt, fill, plan.generate, recorder) for fill in plan.fills]
+    points += [_at_fill(session, prompt, fill, plan, recorder) for fill in plan.fills]
     sustained = _sustained(session, prompt[:plan.prompts[0]], plan, recorder) if plan.sustained_s else ()
     return Round(load_s, first_token_s, tuple(points), tuple(recorder.moments), recorder.baseline, sustained)
 
@@ -225,13 +225,13 @@ def _at_prompt(session: Session, prompt: list[int], generate: int, recorder: _Re
     return _point(session, PROMPT, len(prompt), prompt, generate, recorder)
 
 
-def _at_fill(session: Session, prompt: list[int], fill: int, generate: int, recorder: _Recorder) -> Point:
-    """One step of prefill and `generate` of decode that end with `fill` positions filled."""
-    part = prompt[:min(session.chunk, fill - generate)]
+def _at_fill(session: Session, prompt: list[int], fill: int, plan: Plan, recorder: _Recorder) -> Point:
+    """One step of prefill and the decode, which end with `fill` positions filled."""
+    part = prompt[:min(plan.chunk or session.chunk, fill - plan.generate)]
     recorder.begin(f"fill of {fill} tokens")
-    session.stand_at(fill - generate - len(part))
+    session.stand_at(fill - plan.generate - len(part))
     reset_peak()  # what it takes to get there is not measured
-    return _point(session, FILL, fill, part, generate, recorder)
+    return _point(session, FILL, fill, part, plan.generate, recorder)
 
 
 def _point(session: Session, kind: str, tokens: int, part: list[int], generate: int, recorder: _Recorder) -> Point:

@@ -83,6 +83,12 @@ class MlxLmSession(PeerSession):
     def _room(self) -> int:
         return _STEP
 
+    def stand_at(self, position: int) -> None:
+        """Go there; on the way back the rows from there on are cut off."""
+        if position < self.position:
+            self._repeat_rows(position)
+        super().stand_at(position)
+
     def _repeat_rows(self, position: int) -> None:
         import mlx.core as mx
 
