@@ -1,5 +1,6 @@
 """Baked prompts: a session that starts from one is the session that prefilled it."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from lfm_edge import export, open_bundle
 from lfm_edge.baking import BAKED_PROMPT_FILE, SystemPrompt, bake
@@ -17,6 +19,8 @@ from lfm_edge.errors import BundleError, ExportError, LfmEdgeError
 from lfm_edge.generation import Chat, generate
 from lfm_edge.harness import parity
 from lfm_edge.harness.baked import FirstTokenTimes, baked_agreement, first_token_times
+from lfm_edge.harness.bench import Settings, bench
+from lfm_edge.harness.bench_tables import bench_tables
 from lfm_edge.harness.verify import verify
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.rounding import quantize_checkpoint
@@ -349,13 +353,24 @@ def test_verify_reports_it_and_fails_where_it_is_wrong(system_file, tmp_path):
 
 
 def test_times_to_first_token_are_measured_with_and_without(onnx):
-    times = first_token_times(onnx, 5)
+    session = onnx.session()
+    session.prefill([1])
+    times = first_token_times(session, onnx, [5, 6, 7, 8, 9])
     assert isinstance(times, FirstTokenTimes)
-    assert times.with_s > 0 and times.without_s > 0
+    assert times.with_s > 0 and times.without_s > 0 and times.system_tokens > 0
+    assert first_token_times(session, onnx, [5] * 500) is None  # the context of 512 does not hold both
+
+
+def test_bench_shows_them(onnx):
+    result = bench([onnx], Settings((5,), 2, repeat=2))
+    times = result.benchmarks[0].baked
+    assert times.with_s.median > 0 and times.without_s.median > 0
+    assert times.system_tokens == SavedSession.read(onnx.baked_prompt).snapshot.position
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(*bench_tables(result))
+    assert "first token of 5 after the baked prompt" in console.export_text()
 
 
 def test_what_cannot_be_timed_is_refused(onnx, tiny_bundle):
     with pytest.raises(LfmEdgeError, match="has no baked prompt"):
-        first_token_times(tiny_bundle, 5)
-    with pytest.raises(LfmEdgeError, match="do not fit its context of 512"):
-        first_token_times(onnx, 500)
+        first_token_times(tiny_bundle.session(), tiny_bundle, [5])

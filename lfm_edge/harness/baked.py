@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.parity import Agreement, compare
 from lfm_edge.harness.stats import timed
-from lfm_edge.sample import sample_tokens
 from lfm_edge.saved import SavedSession
 from lfm_edge.session import Logits, Session
 
 FOLLOWING = 8  # tokens that are put after the prompt, to see whether its state is right
 
 
-class FirstTokenTimes(NamedTuple):
+@dataclass(frozen=True)
+class FirstTokenTimes:
     """Seconds from a prompt to the logits of its last token, the system prompt before it.
 
+    system_tokens: of the system prompt
     with_s: the system prompt's state loaded from the bundle; without_s: the system prompt prefilled
     """
 
+    system_tokens: int
     with_s: float
     without_s: float
 
 
-def first_token_times(bundle: Bundle, prompt_tokens: int, threads: int | None = None) -> FirstTokenTimes:
-    """Time to first token of a prompt of `prompt_tokens`, with and without the bundle's baked prompt.
+def first_token_times(session: Session, bundle: Bundle, prompt: Sequence[int]) -> FirstTokenTimes | None:
+    """Time to first token of a prompt, with and without the bundle's baked prompt before it.
 
-    In this process, on a session that has run already. Raises LfmEdgeError where the bundle has no baked prompt, or
-    its context does not hold both.
+    session: one over the bundle that has run already
+    None where the context does not hold both. Raises LfmEdgeError where the bundle has no baked prompt.
     """
-    system, spec = _baked_tokens(bundle), bundle.manifest.state
-    if len(system) + prompt_tokens > spec.context:
-        raise LfmEdgeError(f"{bundle.directory}: the baked prompt of {len(system)} tokens and {prompt_tokens} more do "
-                           f"not fit its context of {spec.context}")
-    session = bundle.session(threads if bundle.target.takes_threads else None)
-    prompt = sample_tokens(bundle.tokenizer(), session.vocab_size, prompt_tokens)
+    system = _baked_tokens(bundle)
+    if len(system) + len(prompt) > bundle.manifest.state.context:
+        return None
 
     def loaded() -> None:
         session.load(bundle.baked_prompt)
-        session.prefill(prompt)
+        session.prefill(list(prompt))
 
     def prefilled() -> None:
         session.reset()
         session.prefill([*system, *prompt])
 
-    prefilled()  # the first step of a runtime takes longer than any other
-    return FirstTokenTimes(timed(loaded)[0], timed(prefilled)[0])
+    return FirstTokenTimes(len(system), timed(loaded)[0], timed(prefilled)[0])
 
 
 def baked_agreement(session: Session, bundle: Bundle, following: Sequence[int]) -> Agreement:

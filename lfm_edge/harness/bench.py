@@ -15,6 +15,7 @@ from typing import Any
 
 from lfm_edge.bundle import Bundle, Manifest
 from lfm_edge.errors import LfmEdgeError
+from lfm_edge.harness.baked import FirstTokenTimes
 from lfm_edge.harness.devices import Projection, project
 from lfm_edge.harness.host import Host, provenance, usable_cores
 from lfm_edge.harness.limit import COUNTS, memory_limit
@@ -181,21 +182,35 @@ class PointResult:
 
 
 @dataclass(frozen=True)
+class BakedTimes:
+    """Seconds to the first token of a prompt after a system prompt of so many tokens: loaded, or prefilled."""
+
+    system_tokens: int
+    with_s: Spread
+    without_s: Spread
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """All rounds of a bundle or a peer with one number of threads. Memory is above an empty process of its runtime.
 
     bundle: its path, or the peer's name; target: None for a peer, but where its artifact is a bundle
-    threads: None where the runtime chooses them; first_token_s: after a load, cold
+    threads: None where the runtime chooses them
+    first_load_s: the load before the rounds and the first prompt's prefill: with all that a runtime makes once on a
+        machine, where it has not been made before
+    load_s: to a session; first_token_s: the first prompt's prefill after a load, cold
     moments: medians of the rounds, and the largest peak; predicted, at_full_context: by part, of the most that was
         filled and of the whole context; None where no manifest tells
     peer: None for a bundle of the user's
     sustained_tps: of each window of the sustained decode, in order
     remedies: what would bring it under the budget, where it is over; each entry is one way
+    baked: the first prompt after the baked one, where there is one
     """
 
     bundle: str
     target: str | None
     threads: int | None
+    first_load_s: float
     load_s: Spread
     first_token_s: Spread
     points: tuple[PointResult, ...]
@@ -211,6 +226,7 @@ class Benchmark:
     remedies: tuple[str, ...]
     rounds: tuple[Round, ...]
     peer: PeerEntry | None = None
+    baked: BakedTimes | None = None
 
     @property
     def within_budget(self) -> bool:
@@ -349,6 +365,7 @@ class _Series:
 
     subject: Subject
     plan: Plan
+    first_load_s: float = 0.0
     rounds: list[Round] = field(default_factory=list)
     sustained_tps: tuple[float, ...] = ()
 
@@ -381,9 +398,14 @@ class _Run:
 
     def warm_up(self) -> None:
         """Load everything once, without a limit: what a first load on a machine makes, later ones find."""
-        for subject in {series.subject.directory: series.subject for series in self.series}.values():
-            self.progress(f"{subject.label}, loaded once")
-            run_round(Plan(str(subject.directory), None, (1,), 1))
+        first: dict[Path, float] = {}
+        for series in self.series:
+            subject = series.subject
+            if subject.directory not in first:
+                self.progress(f"{subject.label}, loaded once")
+                made = run_round(Plan(str(subject.directory), series.plan.threads, series.plan.prompts[:1], 1))
+                first[subject.directory] = made.load_s + made.first_token_s
+            series.first_load_s = first[subject.directory]
 
     def measure(self, number: int) -> None:
         """One round of each series, in turn."""
@@ -418,7 +440,7 @@ class _Run:
         over = peak - self.settings.budget
         return Benchmark(
             bundle=subject.name, target=subject.target, threads=series.plan.threads,
-            load_s=Spread.of([made.load_s for made in rounds]),
+            first_load_s=series.first_load_s, load_s=Spread.of([made.load_s for made in rounds]),
             first_token_s=Spread.of([made.first_token_s for made in rounds]),
             points=tuple(self._point(manifest, series.plan.threads, points) for points in series.points().values()),
             moments=tuple(map(_moment, zip(*(made.moments for made in rounds), strict=True))),
@@ -428,7 +450,7 @@ class _Run:
             at_full_context=manifest and predict(manifest, subject.artifact_bytes, subject.context),
             sustained_tps=series.sustained_tps,
             remedies=tuple(remedies(manifest, filled, over)) if manifest and over > 0 else (), rounds=tuple(rounds),
-            peer=subject.peer)
+            peer=subject.peer, baked=_baked([made.baked for made in rounds if made.baked]))
 
     def _point(self, manifest: Manifest | None, threads: int | None, points: Sequence[Point]) -> PointResult:
         first, decode = points[0], Spread.of([point.decode_tps for point in points])
@@ -440,6 +462,13 @@ class _Run:
             prefill_s=Spread.of([point.prefill_s for point in points]), decode_tps=decode, step_bytes=needed,
             limit_tps=limit, fits_cache=fits,
             projections=project(needed, decode.median / limit) if needed and not fits else ())
+
+
+def _baked(times: Sequence[FirstTokenTimes]) -> BakedTimes | None:
+    if not times:
+        return None
+    return BakedTimes(times[0].system_tokens, Spread.of([made.with_s for made in times]),
+                      Spread.of([made.without_s for made in times]))
 
 
 def _moment(moments: Sequence[Moment]) -> Moment:

@@ -57,8 +57,13 @@ def _speed(result: BenchResult) -> Table:
     settings = result.settings
     table = _columns(result, f"speed: {settings.generate_tokens} generated tokens, {settings.repeat} rounds, "
                              "each in a fresh process")
+    first = f"first token of {settings.prompt_tokens[0]}"
+    _add(table, result, f"first load, to {first}", lambda r: f"{r.first_load_s:,.2f} s")
     _add(table, result, "load", lambda r: _spread(r.load_s, 2, "s"))
-    _add(table, result, f"first token of {settings.prompt_tokens[0]}, cold", lambda r: _spread(r.first_token_s, 2, "s"))
+    _add(table, result, f"{first}, cold", lambda r: _spread(r.first_token_s, 2, "s"))
+    if any(bench.baked for bench in result.benchmarks):
+        _add(table, result, f"{first} after the baked prompt", lambda r: r.baked and
+             f"{_spread(r.baked.with_s, 2, 's')}\n{_spread(r.baked.without_s, 2, 's')} without it")
     keys = dict.fromkeys((point.kind, point.tokens) for bench in result.benchmarks for point in bench.points)
     for kind, tokens in keys:
         at = f"after {tokens:,}" if kind == PROMPT else f"at {tokens:,} filled"

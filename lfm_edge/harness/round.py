@@ -16,6 +16,7 @@ from typing import Any
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
+from lfm_edge.harness.baked import FirstTokenTimes, first_token_times
 from lfm_edge.harness.limit import MemoryLimit, memory_limit
 from lfm_edge.harness.memory import Memory, forbid_locking, read_memory, reset_peak
 from lfm_edge.harness.peers import PEERS
@@ -106,6 +107,7 @@ class Round:
     load_s: from nothing to a session, weights packed; first_token_s: the first prompt's prefill after that, cold
     baseline: memory of the process with its runtime imported and nothing loaded
     sustained_tps: tokens per second of each window of the sustained decode
+    baked: of the first prompt, where the bundle has a baked one and the context holds both
     """
 
     load_s: float
@@ -114,6 +116,7 @@ class Round:
     moments: tuple[Moment, ...]
     baseline: Memory
     sustained_tps: tuple[float, ...] = ()
+    baked: FirstTokenTimes | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -126,7 +129,7 @@ class Round:
         points = tuple(Point(**point) for point in raw["points"])
         moments = tuple(Moment(**{**moment, "memory": Memory(**moment["memory"])}) for moment in raw["moments"])
         return cls(raw["load_s"], raw["first_token_s"], points, moments, Memory(**raw["baseline"]),
-                   tuple(raw["sustained_tps"]))
+                   tuple(raw["sustained_tps"]), raw["baked"] and FirstTokenTimes(**raw["baked"]))
 
 
 class OverTheLimit(LfmEdgeError):
@@ -178,12 +181,13 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class _Program:
-    """What a round measures: a bundle, or what a peer has built."""
+    """What a round measures: a bundle, or what a peer has built (bundle: None)."""
 
     tokenizer: TextTokenizer
     vocab_size: int
     import_runtime: Callable[[], Any]
     open_session: Callable[[], Session]
+    bundle: Bundle | None = None
 
 
 def _opened(plan: Plan) -> _Program:
@@ -195,7 +199,7 @@ def _opened(plan: Plan) -> _Program:
                         lambda: peer.open_session(built, plan.threads, plan.chunk or 1))
     bundle = Bundle.open(directory, check=False)  # the parent has checked it; reading it would warm the cache
     return _Program(bundle.tokenizer(), bundle.manifest.config.vocab_size, bundle.target.runtime,
-                    lambda: bundle.session(plan.threads))
+                    lambda: bundle.session(plan.threads), bundle)
 
 
 def measure_round(plan: Plan, limit: MemoryLimit | None = None) -> Round:
@@ -216,7 +220,11 @@ def measure_round(plan: Plan, limit: MemoryLimit | None = None) -> Round:
     points = [_at_prompt(session, prompt[:length], plan.generate, recorder) for length in plan.prompts]
     points += [_at_fill(session, prompt, fill, plan, recorder) for fill in plan.fills]
     sustained = _sustained(session, prompt[:plan.prompts[0]], plan, recorder) if plan.sustained_s else ()
-    return Round(load_s, first_token_s, tuple(points), tuple(recorder.moments), recorder.baseline, sustained)
+    baked = None
+    if program.bundle and program.bundle.baked_prompt:
+        recorder.begin("first token after the baked prompt")
+        baked = first_token_times(session, program.bundle, prompt[:plan.prompts[0]])
+    return Round(load_s, first_token_s, tuple(points), tuple(recorder.moments), recorder.baseline, sustained, baked)
 
 
 def _at_prompt(session: Session, prompt: list[int], generate: int, recorder: _Recorder) -> Point:

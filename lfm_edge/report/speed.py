@@ -22,6 +22,7 @@ from lfm_edge.report.cells import (
     caption,
     commands,
     ranged,
+    seconds,
     threads,
     value,
 )
@@ -65,11 +66,17 @@ def _over_lengths(title: str, series: Sequence[Series], x_title: str, source: st
 def _points(result: BenchResult, names: Names) -> Table:
     rows: list[Sequence[Cell]] = []
     for entry in result.benchmarks:
+        rows.append((names.series(entry), "first load, with its first token", seconds(entry.first_load_s), "", ""))
         rows.append((names.series(entry), "load", ranged(entry.load_s, 2, "s"), "", ""))
         rows.append((names.series(entry), "first token, cold", ranged(entry.first_token_s, 3, "s"), "", ""))
         rows += [(names.series(entry), at(point), ranged(point.prefill_s, 3, "s") if point.kind == PROMPT else "",
                   ranged(point.prefill_tps, 1, "tok/s"), ranged(point.decode_tps, 1, "tok/s"))
                  for point in entry.points]
+        if entry.baked:
+            system = f"{entry.baked.system_tokens:,} tokens of system prompt"
+            rows.append((names.series(entry), f"after {system}, baked", ranged(entry.baked.with_s, 3, "s"), "", ""))
+            rows.append((names.series(entry), f"after {system}, prefilled", ranged(entry.baked.without_s, 3, "s"), "",
+                         ""))
     return Table(("bundle", "", "time to first token", "prefill", "decode"), rows, text=frozenset({1}),
                  folded="Every point, with the range of the rounds")
 
