@@ -226,7 +226,7 @@ def entry_checks(result: BenchResult, entry: Benchmark | LeftOut) -> list[Check]
 
 def is_peer(entry: Benchmark | LeftOut) -> bool:
     """Whether it is what another exporter has built, to compare bundles with."""
-    return bool(getattr(entry, "peer", None))
+    return bool(entry.peer)
 
 
 def entries(result: BenchResult) -> list[Benchmark | LeftOut]:
