@@ -22,12 +22,11 @@ from lfm_edge.harness.peers.peer import PEER_FILE, Built, differences, scheme_li
 from lfm_edge.harness.round import FILL, PROMPT, Moment, Plan, Point, Round, run_round
 from lfm_edge.quantization.recipe import Scheme, recipe
 from lfm_edge.state import APPEND, StateSpec
-from lfm_edge.targets import TARGETS, reference_runtime
+from lfm_edge.targets import reference_runtime
 from tests.client_helpers import tasks
 from tests.helpers import TINY, fill_bundle, lfm_edge, save_checkpoint
 
 LLAMA_CPP, EXPORT_LLM, GENAI, MLX_LM = "llama.cpp", "export_llm", "onnxruntime-genai", "mlx-lm"
-needs_gguf = pytest.mark.skipif("gguf-q4" not in TARGETS, reason="this version has no target gguf-q4")
 TEXT = [1] + [20 + 7 * index % 240 for index in range(50)]
 
 
@@ -56,7 +55,7 @@ def bundle(hostile, tiny_bundle):
     return Bundle(tiny_bundle.directory, replace(tiny_bundle.manifest, source=str(hostile), source_sha256=digest))
 
 
-@pytest.fixture(scope="module", params=[GENAI, MLX_LM, pytest.param(LLAMA_CPP, marks=needs_gguf)])
+@pytest.fixture(scope="module", params=[GENAI, MLX_LM, LLAMA_CPP])
 def built(request, bundle):
     """Each peer's artifact. (MLX computes 16 bits slowly on this machine: it gets a bundle of float32 to match.)"""
     peer = PEERS[request.param]

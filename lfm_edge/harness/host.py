@@ -16,7 +16,8 @@ from typing import Any
 
 import lfm_edge
 
-_PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "coremltools", "mlx", "gguf", "llama-cpp-python")
+_PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "onnxruntime-genai", "coremltools", "mlx", "mlx-lm", "gguf",
+             "llama-cpp-python")
 
 
 @dataclass(frozen=True)
