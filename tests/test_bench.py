@@ -91,7 +91,7 @@ def made_up(monkeypatch):
 
 def test_rounds_of_bundles_and_threads_take_turns_and_are_compared_in_pairs(tiny_bundle, made_up):
     result = bench([tiny_bundle, tiny_bundle], Settings((8, 16), 4, threads=(1, 2), repeat=3))
-    assert [plan.threads for plan in made_up] == [None] + 3 * [1, 1, 2, 2]
+    assert [plan.threads for plan in made_up] == [1] + 3 * [1, 1, 2, 2]  # once to warm up, then rounds
     assert [bench.threads for bench in result.benchmarks] == [1, 1, 2, 2]
     assert [(entry.threads, entry.what, entry.tokens) for entry in result.comparisons] == [
         (threads, what, tokens) for threads in (1, 2) for tokens in (8, 16) for what in ("prefill", "decode")]

@@ -177,7 +177,7 @@ MIXED = {"model.layers.0.conv.in_proj.weight": 8, "model.layers.1.self_attn.q_pr
          "model.layers.1.feed_forward.w3.weight": 8, "model.layers.0.feed_forward.w2.weight": 4}
 
 
-LIGHT = ("android-q4", "onnx-q4")
+LIGHT = ("onnx-q4",)
 
 
 @pytest.mark.parametrize("target", [name if name in LIGHT else pytest.param(name, marks=pytest.mark.heavy)

@@ -220,6 +220,7 @@ def test_a_model_in_parts_computes_the_same(bundle, tmp_path, monkeypatch):
     assert error(session.decode(40), whole.decode(40)) < 0.05
 
 
+@pytest.mark.heavy
 def test_the_trained_model_keeps_its_answers(trained):
     result = verify(trained, tokens=60)
     assert result.passed and result.weights.blobs > 100

@@ -188,6 +188,7 @@ def test_a_recipe_for_another_model_is_refused(tiny, name):
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_the_command_writes_a_recipe_that_export_takes(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("<|im_start|>user\n1+2=?<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n")

@@ -159,6 +159,7 @@ def test_the_command_exits_with_1_and_writes_json_when_a_check_fails(tiny_bundle
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.heavy
 def test_the_command_exits_with_0_on_a_good_bundle_and_json_goes_to_standard_output(tiny_bundle):
     finished = lfm_edge("verify", tiny_bundle.directory, "--json", "-")
     assert finished.returncode == 0, finished.stderr
