@@ -36,7 +36,7 @@ def lfm_edge(*arguments):
 
 def measure(model, directory):
     """The results of all targets that are installed and measured on this machine, and whether all checks passed."""
-    names = [target.name for target in TARGETS.values() if target.installed and target.is_measured_here]
+    names = [target.name for target in TARGETS.values() if target.to_install is None and target.is_measured_here]
     bundles = [directory / name for name in names]
     results = [directory / f"verify-{name}.json" for name in names]
     for name, bundle, result in zip(names, bundles, results, strict=True):
