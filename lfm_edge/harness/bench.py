@@ -70,7 +70,8 @@ class Settings:
             if fill <= self.generate_tokens:
                 raise LfmEdgeError(f"--fill {fill}: decoding {self.generate_tokens} tokens ends there, and a step of "
                                    "prefill comes before; give a larger one, or smaller --generate-tokens")
-        return Plan(str(where), threads, self.prompt_tokens, self.generate_tokens, fills, chunk=subject.chunk)
+        return Plan(str(where), threads, self.prompt_tokens, self.generate_tokens, fills, chunk=subject.chunk,
+                    baked=True)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,6 @@ class Subject:
     name: a bundle's path, a peer's name; label: short, for progress; target: None for a peer without one
     chunk: tokens of a step of prefill at a fill
     manifest: None where no prediction can be made
-    elsewhere: why it is not measured on this machine; empty where it is
     """
 
     name: str
@@ -121,7 +121,6 @@ class Subject:
     state_bytes: int
     manifest: Manifest | None
     peer: PeerEntry | None = None
-    elsewhere: str = ""
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Subject:
@@ -129,8 +128,7 @@ class Subject:
         manifest, target = bundle.manifest, bundle.target
         return cls(str(bundle.directory), bundle.directory.name, bundle.directory, target.name,
                    manifest.state.context, manifest.prefill_chunk, target.takes_threads, bundle.artifact_bytes,
-                   manifest.state.nbytes, manifest, elsewhere="" if target.is_measured_here else
-                   _elsewhere(target.runs_on))
+                   manifest.state.nbytes, manifest)
 
     @classmethod
     def of_peer(cls, name: str, built: Built, matched: Sequence[Bundle]) -> Subject:
@@ -322,12 +320,12 @@ def bench(bundles: Sequence[Bundle], settings: Settings | None = None, *,
     """
     settings = settings or Settings()
     peers = peers_named(settings.against)
-    subjects = [Subject.of_bundle(bundle) for bundle in bundles]
-    left_out = [LeftOut.of(subject, subject.elsewhere) for subject in subjects if subject.elsewhere]
-    subjects = [subject for subject in subjects if not subject.elsewhere]
+    raced = [bundle for bundle in bundles if bundle.target.is_measured_here]
+    subjects = [Subject.of_bundle(bundle) for bundle in raced]
     for subject in subjects:
         settings.plan(subject, None)  # raises before anything is built
-    raced = [bundle for bundle in bundles if bundle.target.is_measured_here]
+    left_out = [LeftOut.of(Subject.of_bundle(bundle), _elsewhere(bundle.target.runs_on)) for bundle in bundles
+                if not bundle.target.is_measured_here]
     left_out += [LeftOut(peer.name, None, _elsewhere(" and ".join(peer.measured_on)), None, None, peer=True)
                  for peer in peers if not peer.is_measured_here]
     subjects += _peers([peer for peer in peers if peer.is_measured_here], raced, settings.model, progress)

@@ -16,7 +16,7 @@ from lfm_edge.harness.round import PROMPT
 from lfm_edge.harness.stats import Spread
 
 PARTS = {"weights": "weights", "embedding": "embedding table", "kv_cache": "KV cache", "conv_state": "conv state",
-          "activations": "activations, estimated", "runtime": "the runtime's own"}
+         "activations": "activations, estimated", "runtime": "the runtime's own"}
 
 
 def bench_tables(result: BenchResult, *, projections: bool = False) -> list[Table]:
@@ -76,7 +76,7 @@ def _speed(result: BenchResult) -> Table:
         _add_point(table, result, (kind, tokens), "  of this machine's limit", _of_the_limit)
     if result.settings.sustained_s:
         _add(table, result, f"decode over {result.settings.sustained_s:g} s, first and last tenth", _sustained)
-    rates = ", ".join(f"{value / 1e9:.1f} GB/s with {_threads(threads)}"
+    rates = ", ".join(f"{value / 1e9:.1f} GB/s with {threads_line(threads)}"
                       for threads, value in result.read_bandwidth.items())
     table.caption, table.caption_justify = f"read bandwidth of this machine: {rates}; {result.host.cpu}", "left"
     return table
@@ -168,7 +168,7 @@ def _left_out(entries: tuple[LeftOut, ...], title: str) -> Table:
 
 
 def _columns(result: BenchResult, title: str) -> Table:
-    heads = (f"{bench.bundle}\n({'a peer' if bench.peer else bench.target}, {_threads(bench.threads)})"
+    heads = (f"{bench.bundle}\n({'a peer' if bench.peer else bench.target}, {threads_line(bench.threads)})"
              for bench in result.benchmarks)
     return Table("", *heads, title=title, title_justify="left")
 
@@ -183,7 +183,8 @@ def _add_point(table: Table, result: BenchResult, key: tuple[str, int], name: st
     _add(table, result, name, lambda r: next((value(p) for p in r.points if (p.kind, p.tokens) == key), ""))
 
 
-def _threads(count: int | None) -> str:
+def threads_line(count: int | None) -> str:
+    """A number of threads."""
     return "threads its own choice" if count is None else f"{count} thread{'s' * (count > 1)}"
 
 

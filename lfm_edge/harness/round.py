@@ -40,6 +40,7 @@ class Plan:
     fills: context fills at which a step of prefill and `generate` tokens of decode end
     chunk: most tokens of that step; the session's own where None is given
     sustained_s: seconds to decode without a pause; 0 for not at all
+    baked: whether the time to first token after a baked prompt is measured, where the bundle has one
     """
 
     directory: str
@@ -49,6 +50,7 @@ class Plan:
     fills: tuple[int, ...] = ()
     sustained_s: float = 0.0
     chunk: int | None = None
+    baked: bool = False
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Plan:
@@ -221,7 +223,7 @@ def measure_round(plan: Plan, limit: MemoryLimit | None = None) -> Round:
     points += [_at_fill(session, prompt, fill, plan, recorder) for fill in plan.fills]
     sustained = _sustained(session, prompt[:plan.prompts[0]], plan, recorder) if plan.sustained_s else ()
     baked = None
-    if program.bundle and program.bundle.baked_prompt:
+    if plan.baked and program.bundle and program.bundle.baked_prompt:
         recorder.begin("first token after the baked prompt")
         baked = first_token_times(session, program.bundle, prompt[:plan.prompts[0]])
     return Round(load_s, first_token_s, tuple(points), tuple(recorder.moments), recorder.baseline, sustained, baked)

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, PointResult
+from lfm_edge.harness.bench_tables import threads_line
 from lfm_edge.harness.report import megabytes
 from lfm_edge.harness.round import PROMPT
 from lfm_edge.harness.stats import Spread
@@ -82,7 +83,7 @@ class Names:
     def series(self, entry: Benchmark) -> str:
         """A bundle, and its threads where there are several numbers of them."""
         several = self._threads[same(entry.bundle)] > 1
-        return self.bundle(entry.bundle) + (f", {threads(entry.threads)}" if several else "")
+        return self.bundle(entry.bundle) + (f", {threads_line(entry.threads)}" if several else "")
 
     def index(self, bundle: str, threads: int | None = None) -> int:
         """Of the colour and the mark: those of the bundle with so many threads, or of its first entry."""
@@ -105,11 +106,6 @@ def caption(file: ResultFile) -> str:
 def when(file: ResultFile) -> str:
     """To the minute."""
     return file.provenance.made[:16].replace("T", " ") + " UTC"
-
-
-def threads(count: int | None) -> str:
-    """A number of threads."""
-    return "threads its own choice" if count is None else f"{count} thread{'s' * (count != 1)}"
 
 
 def value(spread: Spread) -> Value:

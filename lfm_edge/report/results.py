@@ -16,7 +16,7 @@ from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_json_object
 from lfm_edge.harness import bench, sensitivity, verify
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut
-from lfm_edge.harness.bench_tables import budget_line, megabytes
+from lfm_edge.harness.bench_tables import budget_line, megabytes, threads_line
 from lfm_edge.harness.host import Host
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
 from lfm_edge.harness.verify import Verification
@@ -215,7 +215,7 @@ def entry_checks(result: BenchResult, entry: Benchmark | LeftOut) -> list[Check]
                       entry.reason.removeprefix(f"{entry.bundle}: "))]
     if is_peer(entry):
         return []
-    its = "" if entry.threads is None else f", {entry.threads} thread{'s' * (entry.threads != 1)}"
+    its = "" if entry.threads is None else f", {threads_line(entry.threads)}"
     within = f"peak memory {megabytes(entry.peak_bytes)}, budget {megabytes(entry.budget_bytes)}"
     found = [Check(entry.bundle, f"memory budget{its}", entry.within_budget, within if entry.within_budget else
                    budget_line(entry).removeprefix(f"{entry.bundle}: "))]

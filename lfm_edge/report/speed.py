@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, Comparison, PointResult
-from lfm_edge.harness.bench_tables import megabytes
+from lfm_edge.harness.bench_tables import megabytes, threads_line
 from lfm_edge.harness.devices import Projection
 from lfm_edge.harness.round import PROMPT
 from lfm_edge.harness.stats import Spread
@@ -23,7 +23,6 @@ from lfm_edge.report.cells import (
     commands,
     ranged,
     seconds,
-    threads,
     value,
 )
 from lfm_edge.report.charts import Bar, Dot, Series, Value
@@ -105,7 +104,7 @@ def compared(files: Files, names: Names) -> Section:
 
 
 def _compared(entry: Comparison, names: Names) -> str:
-    its = f", {threads(entry.threads)}" if entry.threads else ""
+    its = f", {threads_line(entry.threads)}" if entry.threads else ""
     return f"{names.bundle(entry.bundle)} over {names.bundle(entry.over)}{its}"
 
 
@@ -129,7 +128,7 @@ def of_the_limit(files: Files, names: Names) -> Section:
     blocks: list[Table | Figure] = []
     for file, result in files:
         points = [(entry, point) for entry in result.benchmarks for point in entry.points]
-        rates = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads(count)}"
+        rates = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads_line(count)}"
                           for count, rate in result.read_bandwidth.items())
         rows = [Bar(f"{names.series(entry)}, {at(point)}", [point.efficiency],
                     f"{point.efficiency:.0%} of {point.limit_tps:,.0f} tok/s, {megabytes(point.step_bytes)} a token",
