@@ -7,7 +7,11 @@ NODE_MODULES = tests/javascript/node_modules
 MODEL ?= examples/tiny-model/checkpoint
 TARGET ?= android-q4
 OUT ?= out
+WORKERS ?= 2
 BUNDLE = $(OUT)/$(subst :,-,$(notdir $(patsubst %/,%,$(MODEL:%/checkpoint=%))))-$(TARGET)
+
+# Test files side by side: exporting is mostly Python, on one core. A worker takes 2 to 4 GB.
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST_OPTIONS)
 
 .PHONY: demo figures test test-heavy lint train-tiny clean
 
@@ -22,10 +26,10 @@ figures: $(VENV)/.installed  ## measure MODEL on every target that runs here: a 
 	$(BIN)/python examples/python/figures.py $(MODEL)
 
 test: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the tests, without the heavy ones
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-heavy: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the heavy ones: every awkward model and every option, exported
-	$(BIN)/python -m pytest -m heavy
+	$(PYTEST) -m heavy
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
