@@ -17,13 +17,8 @@ from typing import Any
 import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
 import torch
-from executorch.backends.xnnpack import _passes as xnnpack_passes
-from executorch.backends.xnnpack import xnnpack_preprocess
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import ExecutorchBackendConfig
 from executorch.exir.passes import MemoryPlanningPass
-from executorch.exir.program import _program as exir_program
-from executorch.exir.schema import DelegateCall
 from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers quantized_decomposed
 from torch.export import Dim, ExportedProgram
@@ -31,11 +26,12 @@ from torch.export._remove_auto_functionalized_pass import unsafe_remove_auto_fun
 from torch.export.graph_signature import OutputKind
 from torch.nn import functional as F
 
+from exporters import xnnpack
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.decoder import Decoder
-from lfm_edge.model.lowering import Lowering, Place, Weight, frozen, quantize_rows
+from lfm_edge.model.lowering import Linears, Lowering, Place, Weight, frozen, quantize_rows
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.recipe import EMBEDDING
@@ -61,13 +57,11 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     with _quiet(), torch.no_grad():
         program = _trace(module, job)
     progress("lower to XNNPACK")
-    with _quiet(), _needed_passes_only(), torch.no_grad():
-        edge = to_edge_transform_and_lower(
-            program, partitioner=[XnnpackPartitioner()], constant_methods=_metadata(job),
-            compile_config=EdgeCompileConfig(_check_ir_validity=False))
+    with _quiet(), torch.no_grad():
+        edge = xnnpack.lower(program, _metadata(job))
         edge._edge_programs["forward"] = _update_state_in_place(edge.exported_program())
     progress("plan memory and write model.pte")
-    with _quiet(), _last_delegate_first(), torch.no_grad():
+    with _quiet(), xnnpack.last_delegate_first(), torch.no_grad():
         compiled = edge.to_executorch(ExecutorchBackendConfig(
             extract_delegate_segments=True, memory_planning_pass=MemoryPlanningPass(alloc_graph_input=internal)))
     with (directory / ARTIFACT).open("wb") as file:
@@ -121,7 +115,12 @@ class XnnpackLowering(Lowering):
     """The pieces in terms that XNNPACK delegates, and the llama:: kernels for attention."""
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
-        return QuantizedLinear(_quantized_only(weight), bias)
+        return RoundedInput(QuantizedLinear(_quantized_only(weight), bias))
+
+    def linears(self, weights: list[Weight], biases: list[Tensor | None]) -> nn.Module:
+        # One rounding of the input for all.
+        return RoundedInput(Linears(QuantizedLinear(_quantized_only(weight), bias)
+                                    for weight, bias in zip(weights, biases, strict=True)))
 
     def split_linear(self, weight: Weight, bias: Tensor | None, parts: int) -> nn.Module:
         # Cutting the rows of a weight is free, cutting the output would end the delegate.
@@ -147,8 +146,23 @@ def _quantized_only(weight: Weight) -> QuantizedTensor:
     return weight
 
 
+class RoundedInput(nn.Module):
+    """Layers of one input, which is rounded to 8 bits first, each token by its own range."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Any:
+        """x: float32 [..., cols] -> what the layers give"""
+        scale, zero = _quantized.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+        x = _quantized.quantize_per_token.default(x, scale, zero, -128, 127, torch.int8)
+        return self.layers(_quantized.dequantize_per_token.default(x, scale, zero, -128, 127, torch.int8,
+                                                                   torch.float32))
+
+
 class QuantizedLinear(nn.Module):
-    """8-bit dynamic activations times 4-bit groups or 8-bit channels, in the pattern XNNPACK recognizes."""
+    """A product with 4-bit groups or 8-bit channels, after `RoundedInput` in the pattern that XNNPACK recognizes."""
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -161,10 +175,7 @@ class QuantizedLinear(nn.Module):
         self.limits = (-2 ** (weight.bits - 1), 2 ** (weight.bits - 1) - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [..., cols] -> float32 [..., rows]"""
-        scale, zero = _quantized.choose_qparams_per_token_asymmetric.default(x, torch.int8)
-        x = _quantized.quantize_per_token.default(x, scale, zero, -128, 127, torch.int8)
-        x = _quantized.dequantize_per_token.default(x, scale, zero, -128, 127, torch.int8, torch.float32)
+        """x: float32 [..., cols], rounded -> float32 [..., rows]"""
         if self.scales.dim() == 1:
             weight = _quantized.dequantize_per_channel.default(
                 self.ints, self.scales, self.zeros, 0, *self.limits, torch.int8)
@@ -384,55 +395,6 @@ def _delegation(program: ExportedProgram) -> dict[str, Any]:
         elif "::" in name:
             portable[name.removesuffix(".out").removesuffix(".default")] += 1
     return {"delegates": delegates, "left portable": dict(sorted(portable.items()))}
-
-
-@contextlib.contextmanager
-def _needed_passes_only() -> Iterator[None]:
-    """Run, on every delegate, the XNNPACK passes that have something to do in our graphs.
-
-    The backend retraces each delegate for every one of its 17 passes; most look for batch norms, upsampling
-    and the like. Leaving those out took a third off the time of an export (docs/executorch.md). There is no
-    option for it, so the pass manager is replaced while we lower.
-    """
-    class NeededPasses(xnnpack_passes.XNNPACKPassManager):
-        def __init__(self, program: ExportedProgram, passes: list | None = None) -> None:
-            super().__init__(program, passes or [
-                xnnpack_passes.XNNPACKRemoveCloneOpsTransform, xnnpack_passes.DimOrderOpsRevertPass,
-                xnnpack_passes.ConvertToLinearPass, xnnpack_passes.Conv1dUnsqueezePass,
-                xnnpack_passes.ChannelsLastTaggedReshapePass, xnnpack_passes.RemoveRedundantCopyPass])
-
-    original = xnnpack_preprocess.XNNPACKPassManager
-    xnnpack_preprocess.XNNPACKPassManager = NeededPasses
-    try:
-        yield
-    finally:
-        xnnpack_preprocess.XNNPACKPassManager = original
-
-
-@contextlib.contextmanager
-def _last_delegate_first() -> Iterator[None]:
-    """Let the runtime make the delegate of the head before the others.
-
-    It makes them in the order of their list, and while it packs a delegate, the weights of that are in memory twice.
-    The head is the largest of all: packed last, it sets the peak of a load. Calls name delegates by their index, so
-    the order is free; there is no option for it.
-    """
-    def emit(*arguments: Any) -> Any:
-        output = emit_original(*arguments)
-        for plan in output.program.execution_plan:
-            count = len(plan.delegates)
-            plan.delegates.insert(0, plan.delegates.pop()) if count else None
-            for call in (instruction.instr_args for chain in plan.chains for instruction in chain.instructions):
-                if isinstance(call, DelegateCall):
-                    call.delegate_index = (call.delegate_index + 1) % count
-        return output
-
-    emit_original = exir_program.emit_program
-    exir_program.emit_program = emit
-    try:
-        yield
-    finally:
-        exir_program.emit_program = emit_original
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ candidates. Fine-tunes trained for quantization depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ _GRID_8 = (1.0, 0.97, 0.94, 0.9, 0.85, 127.5 / 127)
 _REFINEMENTS = 2
 # Fractions to try of the unit that puts a row's largest scale at the largest multiple.
 _GRID_UNITS = (1.0, 0.92, 0.84, 0.76, 0.68)
-_ELEMENTS_AT_ONCE = 1 << 17  # what fits the cache while a dozen candidates are tried
+_ELEMENTS_AT_ONCE = 1 << 18  # few enough for the cache, many enough that calls cost nothing
 _SAMPLE_ROWS = 16
 _SMALLEST_SCALE = 2.0 ** -14  # normal in float16 and bfloat16, so every backend reads it exactly
 
@@ -69,7 +71,8 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     ints = torch.empty(rows, cols, dtype=torch.int8)
     scales = torch.empty(rows, cols // group)
     step = max(1, _ELEMENTS_AT_ONCE // cols)
-    for start in range(0, rows, step):
+
+    def quantize_rows(start: int) -> None:
         chunk = weight[start:start + step]
         groups = chunk.reshape(-1, group)
         best = _recover(groups, scheme.bits) if exact else _search(groups.float(), scheme.bits)
@@ -77,6 +80,8 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
             best = _in_multiples(groups.float(), *best, scheme.bits, rows=chunk.shape[0])
         ints[start:start + step] = best[0].view(chunk.shape)
         scales[start:start + step] = best[1].view(chunk.shape[0], -1)
+
+    _side_by_side(quantize_rows, range(0, rows, step))
     return QuantizedTensor(ints, scales, scheme.bits)
 
 
@@ -93,6 +98,21 @@ def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
     """||w - dequantize(q)|| / ||w||, the root-mean-square error relative to the weights."""
     weight = weight.float()
     return float((weight - quantized.dequantize()).norm() / weight.norm().clamp(min=1e-30))
+
+
+def _side_by_side(work: Callable[[int], None], items: Sequence[int]) -> None:
+    """Do work on each item, as many at once as torch has threads.
+
+    Each with one thread: shared, an operation over so few numbers waits for its threads to wake up for longer than it
+    computes (docs/performance.md).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, len(items))) as pool:
+            deque(pool.map(work, items), maxlen=0)  # and raise what it raised
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _on_grid(scales: Tensor) -> Tensor:
