@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.extension.pybindings import portable_lib
 
+from exporters import executorch
 from lfm_edge import export
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.generation import generate
@@ -50,6 +53,22 @@ def test_no_operator_copies_a_cache(awkward_bundle):
 def test_everything_between_two_attention_kernels_is_one_delegate(awkward_bundle):
     attention = len(awkward_bundle.manifest.config.attention_layers)
     assert awkward_bundle.manifest.lowering["delegates"] <= attention + 3
+
+
+@pytest.mark.parametrize("state", ["explicit", "internal"])
+def test_the_program_is_the_one_that_executorch_s_own_lowering_makes(tmp_path, monkeypatch, state):
+    """Byte for byte: what `exporters/xnnpack.py` leaves out had nothing to do."""
+    checkpoint = save_checkpoint(tmp_path / "model", **ALL_AT_ONCE)
+    options = {"target": "android-q4", "context": 96, "prefill_chunk": 16, "state": state}
+    ours = export(checkpoint, output=tmp_path / "ours", **options)
+
+    def stock(program, metadata):
+        return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=metadata,
+                                           compile_config=EdgeCompileConfig(_check_ir_validity=False))
+
+    monkeypatch.setattr(executorch.xnnpack, "lower", stock)
+    theirs = export(checkpoint, output=tmp_path / "theirs", **options)
+    assert ours.artifact.read_bytes() == theirs.artifact.read_bytes()
 
 
 def in_the_runner(bundle, prompts):
