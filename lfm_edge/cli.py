@@ -152,7 +152,7 @@ def verify(
     Exits with 1 where anything is outside the target's thresholds.
     """
     opened = _open(bundle)
-    from lfm_edge.harness.report import verification_tables
+    from lfm_edge.harness.tables import verification_tables
     from lfm_edge.harness.verify import verify as run
 
     with _progress() as progress:
@@ -182,8 +182,8 @@ def sensitivity(
     limit = None if max_size is None else parse_bytes(max_size)
     if output is not None and limit is None:
         raise LfmEdgeError(f"--output {output}: there is a choice to write with --max-size only")
-    from lfm_edge.harness.report import sensitivity_table
     from lfm_edge.harness.sensitivity import analyse
+    from lfm_edge.harness.tables import sensitivity_table
 
     with _progress() as progress:
         found, bits, chosen = analyse(model, text=text, tokens=tokens, group_size=group_size, most_bytes=limit,
@@ -362,7 +362,7 @@ def _open(path: Path) -> Bundle:
 
 
 def _show_bundle(bundle: Bundle) -> None:
-    from lfm_edge.harness.report import bundle_table
+    from lfm_edge.harness.tables import bundle_table
 
     out.print(bundle_table(bundle))
 

@@ -24,8 +24,8 @@ from llama_cpp import _logger
 
 from lfm_edge.bundle import Bundle, Manifest
 from lfm_edge.config import ModelConfig
+from lfm_edge.cores import usable_cores
 from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.harness.host import usable_cores
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec, StateTensor
 

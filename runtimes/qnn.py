@@ -92,9 +92,9 @@ class Host(ABC):
 
 
 class Simulated(Host):
-    """The graphs that the binaries were compiled from, compiled once more, for the simulator: it takes no binary
+    """The graphs that the binaries were compiled from, compiled once more for the simulator.
 
-    in which two graphs share their weights.
+    It takes no binary in which two graphs share their weights.
     """
 
     def __init__(self, directory: Path, soc: Soc) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lfm_edge.bundle import Bundle, Manifest
+from lfm_edge.cores import usable_cores
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.baked import FirstTokenTimes
 from lfm_edge.harness.devices import Projection, project
-from lfm_edge.harness.host import Host, provenance, usable_cores
+from lfm_edge.harness.host import Host, provenance
 from lfm_edge.harness.limit import COUNTS, memory_limit
 from lfm_edge.harness.memory import Memory
 from lfm_edge.harness.peers import PEERS, peers_named

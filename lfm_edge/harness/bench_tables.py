@@ -11,9 +11,9 @@ from rich.table import Table
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut, PeerEntry, PointResult
 from lfm_edge.harness.limit import COUNTS
-from lfm_edge.harness.report import megabytes
 from lfm_edge.harness.round import PROMPT
 from lfm_edge.harness.stats import Spread
+from lfm_edge.harness.tables import megabytes
 
 PARTS = {"weights": "weights", "embedding": "embedding table", "kv_cache": "KV cache", "conv_state": "conv state",
          "activations": "activations, estimated", "runtime": "the runtime's own"}

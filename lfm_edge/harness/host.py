@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lfm_edge
+from lfm_edge.cores import usable_cores
 
 _PACKAGES = ("torch", "numpy", "executorch", "onnxruntime", "onnxruntime-genai", "coremltools", "mlx", "mlx-lm", "gguf",
              "llama-cpp-python")
@@ -43,13 +44,6 @@ def provenance(schema: str, command: str) -> dict[str, Any]:
     """What every JSON result begins with: its schema, when it was made, the command that makes it again, and where."""
     return {"schema": schema, "made": datetime.now(UTC).isoformat(timespec="seconds"), "command": command,
             "host": asdict(Host.here()), "versions": versions()}
-
-
-def usable_cores() -> int:
-    """How many cores this process may use: a container may have fewer than its machine."""
-    with suppress(AttributeError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

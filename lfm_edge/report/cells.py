@@ -12,9 +12,9 @@ from markupsafe import Markup
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, PointResult
 from lfm_edge.harness.bench_tables import threads_line
-from lfm_edge.harness.report import megabytes
 from lfm_edge.harness.round import PROMPT
 from lfm_edge.harness.stats import Spread
+from lfm_edge.harness.tables import megabytes
 from lfm_edge.harness.verify import Verification
 from lfm_edge.report.charts import Value
 from lfm_edge.report.headline import same

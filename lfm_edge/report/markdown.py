@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lfm_edge.harness.report import megabytes
+from lfm_edge.harness.tables import megabytes
 from lfm_edge.report.cells import Names, at, size
 from lfm_edge.report.headline import Headline, headlines
 from lfm_edge.report.results import ResultFile, checks
