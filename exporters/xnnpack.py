@@ -39,8 +39,9 @@ def lower(program: ExportedProgram, metadata: dict[str, Any]) -> EdgeProgramMana
     """
     partitioner = XnnpackPartitioner()
     preserved, _ = partitioner.ops_to_not_decompose(program)
-    # Decomposed once: `to_edge_transform_and_lower` does it three times over.
-    config = EdgeCompileConfig(preserve_ops=preserved, _check_ir_validity=False, _skip_dim_order=True)
+    # Decomposed once: `to_edge_transform_and_lower` does it three times over. Conversions alone have a dimension order.
+    converts = any(node.target == torch.ops.aten.to.dtype for node in program.graph.nodes)
+    config = EdgeCompileConfig(preserve_ops=preserved, _check_ir_validity=False, _skip_dim_order=not converts)
     with _few_retraces(), _shape_of_linear_known(), _weights_shared():
         return to_edge(program, constant_methods=metadata, compile_config=config).to_backend(partitioner)
 
