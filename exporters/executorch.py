@@ -39,6 +39,7 @@ from lfm_edge.quantization.tensor import QuantizedTensor
 
 ARTIFACT = "model.pte"
 SPLIT_IN_3 = "conv.in_proj.weight"  # the one projection that the network asks for in parts
+_SCORED = 8  # last tokens whose logits a step gives: XNNPACK's products take as long for 8 rows as for 2
 
 _quantized = torch.ops.quantized_decomposed
 
@@ -47,12 +48,13 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     """Write `model.pte` into `directory`.
 
     With explicit state the program is `forward(tokens int64 [1, T], position int64 [1], *state)`, which
-    changes the state tensors in the caller's memory and returns the logits alone, float32 [1, 1, vocab].
+    changes the state tensors in the caller's memory and returns the logits alone, float32 [1, min(T, 8), vocab].
     With internal state it is `forward(tokens, position)` with the metadata of the stock LLM runners.
     """
     decoder = Decoder(job.config, job.weights, job.state, XnnpackLowering())
     internal = job.state_mode == "internal"
     module = InternalState(decoder) if internal else ExplicitState(decoder)
+    scored = 1 if internal else min(_SCORED, job.prefill_chunk)
     progress("trace")
     with _quiet(), torch.no_grad():
         program = _trace(module, job)
@@ -61,13 +63,13 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
         edge = xnnpack.lower(program, _metadata(job))
         edge._edge_programs["forward"] = _update_state_in_place(edge.exported_program())
     progress("plan memory and write model.pte")
-    with _quiet(), xnnpack.last_delegate_first(), torch.no_grad():
+    with _quiet(), xnnpack.emission_mended(), torch.no_grad():
         compiled = edge.to_executorch(ExecutorchBackendConfig(
             extract_delegate_segments=True, memory_planning_pass=MemoryPlanningPass(alloc_graph_input=internal)))
     with (directory / ARTIFACT).open("wb") as file:
         compiled.write_to_file(file)
     usage = _INTERNAL_USAGE if internal else _EXPLICIT_USAGE
-    return Artifact(ARTIFACT, _delegation(compiled.exported_program()), usage)
+    return Artifact(ARTIFACT, _delegation(compiled.exported_program()), usage, scored=scored)
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
@@ -138,6 +140,9 @@ class XnnpackLowering(Lowering):
 
     def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
         return InPlaceAttention(scale)
+
+    def last_tokens(self) -> nn.Module:
+        return LastTokens()
 
 
 def _quantized_only(weight: Weight) -> QuantizedTensor:
@@ -255,6 +260,14 @@ class InPlaceAttention(nn.Module):
         return out, state
 
 
+class LastTokens(nn.Module):
+    """The last tokens, all where there are fewer."""
+
+    def forward(self, x: Tensor, place: Place, count: int) -> Tensor:
+        """x: float32 [1, T, H] -> float32 [1, min(count, T), H]"""
+        return x[:, -1:] if count == 1 else xnnpack.slice_of_any_length(x, 1, -count, torch.iinfo(torch.int64).max, 1)
+
+
 class ExplicitState(nn.Module):
     """The program whose state is the caller's: `forward(tokens, position, *state) -> logits`."""
 
@@ -263,8 +276,8 @@ class ExplicitState(nn.Module):
         self.decoder = decoder
 
     def forward(self, tokens: Tensor, position: Tensor, *state: Tensor) -> Tensor:
-        """tokens: int64 [1, T]; position: int64 [1] -> logits, float32 [1, 1, vocab]"""
-        logits, following = self.decoder(tokens, position, list(state))
+        """tokens: int64 [1, T]; position: int64 [1] -> logits, float32 [1, min(T, 8), vocab]"""
+        logits, following = self.decoder(tokens, position, list(state), _SCORED)
         for old, new in zip(state, following, strict=True):
             if new is not old:
                 old.copy_(new)
@@ -301,8 +314,9 @@ _EXPLICIT_USAGE = """\
 ## Loading it
 
 The program is `forward(tokens, position, *state)`: `tokens` int64 [1, T], `position` int64 [1], then the state
-tensors of `manifest.json` in their order. It changes them in place and returns the logits of the last token, float32
-[1, 1, vocab]. Begin with every tensor at its `initial` value and `position` 0; add T after each step.
+tensors of `manifest.json` in their order. It changes them in place and returns the logits of the last tokens, float32
+[1, min(T, 8), vocab]; those of the last one choose the next. Begin with every tensor at its `initial` value and
+`position` 0; add T after each step.
 
 - Python: `from lfm_edge import open_bundle; session = open_bundle(".").session()`
 - Android: `org.pytorch.executorch.Module.load("model.pte")`, keep the tensors, pass them to every `forward`
@@ -333,7 +347,8 @@ def _trace(module: nn.Module, job: ExportJob) -> ExportedProgram:
     if job.state_mode == "explicit":
         arguments += tuple(job.state.fresh())
         dynamic["state"] = (None,) * len(job.state.tensors)
-    return torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+    return torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False,
+                               prefer_deferred_runtime_asserts_over_guards=True)
 
 
 def _metadata(job: ExportJob) -> dict[str, Any]:
@@ -393,6 +408,7 @@ def _delegation(program: ExportedProgram) -> dict[str, Any]:
         if name == "executorch_call_delegate":
             delegates += 1
         elif "::" in name:
+            name = name.replace("lfm_edge::slice_copy", "aten::slice_copy.Tensor_out")
             portable[name.removesuffix(".out").removesuffix(".default")] += 1
     return {"delegates": delegates, "left portable": dict(sorted(portable.items()))}
 

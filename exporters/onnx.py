@@ -38,6 +38,7 @@ from lfm_edge.targets import StateLayout
 
 OPSET = 23  # the first with RMSNormalization
 MICROSOFT = "com.microsoft"
+SCORED = "num_logits_to_keep"  # as transformers calls it
 INT8_MULTIPLY = 4  # MatMulNBits' accuracy level at which activations are rounded to 8 bits, too
 _LARGEST_FILE = 2_000_000_000  # of external data: what a browser can hold in one buffer
 
@@ -46,7 +47,8 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     """Write the graph, its external data, and the configuration files of its clients into `directory`.
 
     The graph takes `input_ids` int64 [1, T], `attention_mask` int64 [1, P + T] and the state, and gives the
-    logits of the last token, float32 [1, 1, vocab], and the next state.
+    logits of the last token, float32 [1, 1, vocab], and the next state. An input that need not be given,
+    `num_logits_to_keep` int64 [1], asks for those of more tokens.
     """
     _check_widths(job.weights)
     lowering = OnnxLowering()
@@ -56,6 +58,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
         model = _trace(program, job.state)
         _simplify(model, lowering.packed)
     _fuse_skip_norms(model.graph)
+    _make_optional(model.graph)
     _strip(model)
     name = artifact_name(job)
     (directory / "onnx").mkdir()
@@ -63,7 +66,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     files = _write(model, lowering.packed, directory / "onnx" / name)
     _write_json(directory / "config.json", transformers_js_config(job, name, files))
     _write_json(directory / "genai_config.json", genai_config(job, f"onnx/{name}"))
-    return Artifact(f"onnx/{name}", _operators(model.graph), _usage(job, f"onnx/{name}"))
+    return Artifact(f"onnx/{name}", _operators(model.graph), _usage(job, f"onnx/{name}"), scored=job.prefill_chunk)
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
@@ -123,6 +126,9 @@ class OnnxLowering(Lowering):
 
     def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
         return GroupQueryAttention(scale, kv_scales)
+
+    def last_tokens(self) -> nn.Module:
+        return LastTokens()
 
     def codes(self, weights: list[QuantizedTensor], *shape: int) -> Tensor:
         """A placeholder for the codes of weights one below the other, uint8."""
@@ -320,16 +326,28 @@ class GroupQueryAttention(nn.Module):
         return out.unflatten(2, (heads, -1)), state
 
 
+class LastTokens(nn.Module):
+    """As many of the last tokens as the caller of the graph asks for."""
+
+    def forward(self, x: Tensor, place: Place, count: Tensor) -> Tensor:
+        """x: float32 [1, T, H]; count: int64 [1] -> float32 [1, count, H]"""
+        end, axis = torch.tensor([torch.iinfo(torch.int64).max]), torch.tensor([1])
+        return ops.symbolic("::Slice", (x, -count, end, axis), {}, dtype=x.dtype, shape=x.shape, version=13)
+
+
 class ExplicitState(nn.Module):
-    """The program: `(input_ids, attention_mask, *past) -> (logits, *present)`."""
+    """The program: `(input_ids, attention_mask, num_logits_to_keep, *past) -> (logits, *present)`."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """tokens: int64 [1, T]; attention_mask: int64 [1, P + T] -> logits, float32 [1, 1, vocab], and the state"""
-        logits, following = self.decoder(tokens, attention_mask, list(state))
+    def forward(self, tokens: Tensor, attention_mask: Tensor, scored: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """tokens: int64 [1, T]; attention_mask: int64 [1, P + T]; scored: int64 [1]
+
+        Returns the logits of the last `scored` tokens, float32 [1, scored, vocab], and the state.
+        """
+        logits, following = self.decoder(tokens, attention_mask, list(state), scored)
         return logits, *following
 
 
@@ -342,9 +360,9 @@ def _trace(program: ExplicitState, state: StateSpec) -> ir.Model:
     dynamic = tuple({tensor.axis: past} if tensor.update == APPEND else {} for tensor in state.tensors)
     tokens, mask = torch.zeros(1, sample, dtype=torch.int64), torch.ones(1, 2 * sample + 1, dtype=torch.int64)
     exported = torch.onnx.export(
-        program, (tokens, mask, *tensors),
-        dynamic_shapes=({1: length}, {1: Dim("total_sequence_length")}, dynamic), dynamo=True, opset_version=OPSET,
-        input_names=["input_ids", "attention_mask", *(tensor.name for tensor in state.tensors)],
+        program, (tokens, mask, torch.ones(1, dtype=torch.int64), *tensors),
+        dynamic_shapes=({1: length}, {1: Dim("total_sequence_length")}, {}, dynamic), dynamo=True, opset_version=OPSET,
+        input_names=["input_ids", "attention_mask", SCORED, *(tensor.name for tensor in state.tensors)],
         output_names=["logits", *(tensor.next_name for tensor in state.tensors)], verbose=False, optimize=False)
     return exported.model
 
@@ -387,6 +405,26 @@ def _fuse_skip_norms(graph: ir.Graph) -> None:
         graph.insert_before(norm, fused)
         ir.convenience.replace_all_uses_with((normed, summed), (fused.outputs[0], fused.outputs[3]))
         graph.remove((norm, total), safe=True)
+
+
+def _make_optional(graph: ir.Graph) -> None:
+    """Give the number of scored tokens a default: clients that do not know the input get the last token's logits.
+
+    It is an input with an initializer, which ONNX Runtime counts among the overridable ones and not among the inputs.
+    The traced shapes of what depends on it are those of the whole step; without them they are inferred.
+    """
+    scored = next(value for value in graph.inputs if value.name == SCORED)
+    graph.inputs.remove(scored)
+    graph.inputs.append(scored)
+    scored.const_value = ir.tensor([1], ir.DataType.INT64, name=SCORED)
+    graph.register_initializer(scored)
+    depend = {scored}
+    for node in graph:
+        if not depend.isdisjoint(node.inputs):
+            depend.update(node.outputs)
+            for value in node.outputs:
+                value.shape = None
+    graph.outputs[0].shape = ir.Shape([1, SCORED, graph.outputs[0].producer().attributes["N"].as_int()])
 
 
 def _strip(model: ir.Model) -> None:
@@ -469,9 +507,9 @@ _USAGE = """\
 
 The graph is `(input_ids, attention_mask, *past) -> (logits, *present)`: `input_ids` int64 [1, T], `attention_mask`
 int64 [1, P + T], all ones, P being the tokens of the steps before. `logits` are those of the last token, float32
-[1, 1, vocab]. The n-th `present` output is the next value of the n-th `past` input. A conversation begins with zeros
-and P = 0. Past and present of one KV cache may be one buffer of [1, kv_heads, context, head_dim]: the step then
-writes its rows in place.
+[1, 1, vocab], or of as many as `num_logits_to_keep` int64 [1] says, which need not be given. The n-th `present` output
+is the next value of the n-th `past` input. A conversation begins with zeros and P = 0. Past and present of one KV cache
+may be one buffer of [1, kv_heads, context, head_dim]: the step then writes its rows in place.
 
 - Python: `from lfm_edge import open_bundle; session = open_bundle(".").session()`
 - onnxruntime-genai: `onnxruntime_genai.Model(".")`. Its tokenizer puts the first token before a text only after

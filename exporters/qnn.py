@@ -162,7 +162,7 @@ class NpuLowering(StaticLowering):
     def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
         return EightBitAttention(scale, kv_scales)
 
-    def last_token(self) -> nn.Module:
+    def last_tokens(self) -> nn.Module:
         return LastValidToken()
 
     def named(self, weights: Weights) -> dict[int, tuple[str, QuantizedTensor]]:
@@ -215,7 +215,7 @@ class CausalConv(ShiftedSum):
 class LastValidToken(nn.Module):
     """The token that the host chooses."""
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def forward(self, x: Tensor, place: Place, count: int) -> Tensor:
         """x: [1, T, H] -> [1, 1, H]"""
         return x if place.last is None else x.index_select(1, place.last)
 

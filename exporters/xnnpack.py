@@ -27,7 +27,8 @@ from executorch.exir.passes.replace_sym_size_op_pass import ReplaceSymSizeOpPass
 from executorch.exir.passes.scalar_to_tensor_pass import ScalarToTensorPass
 from executorch.exir.passes.sym_to_tensor_pass import SymToTensorPass
 from executorch.exir.program import _program as exir_program
-from executorch.exir.schema import DelegateCall
+from executorch.exir.schema import DelegateCall, ExecutionPlan
+from torch import Tensor
 from torch._C import DispatchKey
 from torch.export import ExportedProgram
 
@@ -102,24 +103,54 @@ def _weights_shared() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def last_delegate_first() -> Iterator[None]:
-    """Let the runtime make the delegate of the head before the others.
+_SLICE = torch.library.Library("lfm_edge", "FRAGMENT")
+_SLICE.define("slice_copy(Tensor self, int dim, int start, int end, int step) -> Tensor")
+_SLICE.define("slice_copy.out(Tensor self, int dim, int start, int end, int step, *, Tensor(a!) out) -> Tensor(a!)")
+_SLICE.impl("slice_copy", lambda x, *where: torch.ops.aten.slice_copy.Tensor(x, *where), "CompositeExplicitAutograd")
+slice_of_any_length = torch.ops.lfm_edge.slice_copy.default
+"""`aten.slice_copy`, from some place before the end to the end, of a dimension that may be shorter than that.
 
-    It makes them in the order of their list, and while it packs a delegate, the weights of that are in memory twice.
-    The head is the largest of all: packed last, it sets the peak of a load. Calls name delegates by their index, so
-    the order is free; there is no option for it.
-    """
+torch asks of such a slice whether the dimension is shorter, takes the answer of the example and holds all sizes to it.
+Of this one it asks nothing. In the program it is aten's.
+"""
+
+
+@torch.library.register_fake("lfm_edge::slice_copy", lib=_SLICE)
+def _(x: Tensor, dim: int, start: int, end: int, step: int) -> Tensor:
+    return x.new_empty([torch.sym_min(size, -start) if axis == dim else size for axis, size in enumerate(x.shape)])
+
+
+@contextlib.contextmanager
+def emission_mended() -> Iterator[None]:
+    """Write what there is no option for into the program."""
     def emit(*arguments: Any) -> Any:
         output = emit_original(*arguments)
         for plan in output.program.execution_plan:
-            count = len(plan.delegates)
-            plan.delegates.insert(0, plan.delegates.pop()) if count else None
-            for call in (instruction.instr_args for chain in plan.chains for instruction in chain.instructions):
-                if isinstance(call, DelegateCall):
-                    call.delegate_index = (call.delegate_index + 1) % count
+            _make_last_delegate_first(plan)
+            _name_slices_as_aten(plan)
         return output
 
     emit_original = exir_program.emit_program
     with patch.object(exir_program, "emit_program", emit):
         yield
+
+
+def _make_last_delegate_first(plan: ExecutionPlan) -> None:
+    """Let the runtime make the delegate of the head before the others.
+
+    It makes them in the order of their list, and while it packs a delegate, the weights of that are in memory twice.
+    The head is the largest of all: packed last, it sets the peak of a load. Calls name delegates by their index, so
+    the order is free.
+    """
+    count = len(plan.delegates)
+    plan.delegates.insert(0, plan.delegates.pop()) if count else None
+    for call in (instruction.instr_args for chain in plan.chains for instruction in chain.instructions):
+        if isinstance(call, DelegateCall):
+            call.delegate_index = (call.delegate_index + 1) % count
+
+
+def _name_slices_as_aten(plan: ExecutionPlan) -> None:
+    """Let the runtime find its kernel for `slice_of_any_length`, which takes the same arguments."""
+    for operator in plan.operators:
+        if operator.name == "lfm_edge::slice_copy":
+            operator.name, operator.overload = "aten::slice_copy", "Tensor_out"

@@ -55,6 +55,7 @@ class Manifest:
     source: the checkpoint as the user named it; source_sha256: its content
     weights_sha256: of the quantized integers and scales, the same for every target with this recipe
     activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
+    scored: of how many of a step's last tokens the artifact gives the logits
     files: size and SHA-256 of every other file, by its path inside the bundle
     baked_prompt: None where the bundle has none
     """
@@ -74,6 +75,7 @@ class Manifest:
     weights_sha256: str
     versions: dict[str, str]
     activation_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    scored: int = 1
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     baked_prompt: BakedPrompt | None = None
 
@@ -90,7 +92,7 @@ class Manifest:
         raw = {
             "schema_version": SCHEMA_VERSION, "target": self.target, "artifact": self.artifact,
             "compute_dtype": self.compute_dtype, "state_mode": self.state_mode,
-            "prefill_chunk": self.prefill_chunk, "config": self.config.to_dict(),
+            "prefill_chunk": self.prefill_chunk, "scored": self.scored, "config": self.config.to_dict(),
             "recipe": self.recipe.to_dict(), "state": self.state.to_dict(), "lowering": self.lowering,
             "source": self.source, "source_sha256": self.source_sha256, "licence": self.licence,
             "weights_sha256": self.weights_sha256, "versions": self.versions,
@@ -113,7 +115,7 @@ class Manifest:
             return cls(
                 target=text(raw["target"]), artifact=_inside(raw["artifact"], path),
                 compute_dtype=text(raw["compute_dtype"]), state_mode=text(raw["state_mode"]),
-                prefill_chunk=_positive(raw["prefill_chunk"]),
+                prefill_chunk=_positive(raw["prefill_chunk"]), scored=_positive(raw.get("scored", 1)),
                 config=ModelConfig.from_dict(raw["config"]), recipe=Recipe.from_dict(raw["recipe"]),
                 state=StateSpec.from_dict(raw["state"]),
                 lowering=raw["lowering"], source=text(raw["source"]), source_sha256=text(raw["source_sha256"]),

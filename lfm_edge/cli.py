@@ -37,6 +37,9 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result 
                                                                "in place of the table.", show_default=False)]
 Baked = Annotated[bool, typer.Option("--baked-prompt/--no-baked-prompt",
                                      help="Start after the system prompt that the bundle ships, where it has one.")]
+Lookahead = Annotated[int, typer.Option(min=0, help="Guess up to so many tokens from what the conversation repeats, "
+                                                     "and check them in one step: the same text, sooner where it "
+                                                     "repeats. Up to 7 on android targets.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. (default: the runtime's own)",
                                              show_default=False)]
 
@@ -286,6 +289,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    lookahead: Lookahead = 0,
     baked_prompt: Baked = True,
     threads: Threads = None,
 ) -> None:
@@ -298,7 +302,7 @@ def generate(
     if baked_prompt and opened.baked_prompt:
         session.load(opened.baked_prompt)
     tokens = run(session, tokenizer.encode(prompt, special=session.position == 0), max_tokens=max_tokens,
-                 temperature=temperature, seed=seed, stop=opened.manifest.config.eos_token_ids)
+                 temperature=temperature, seed=seed, stop=opened.manifest.config.eos_token_ids, lookahead=lookahead)
     for piece in text_pieces(tokenizer, tokens):
         _say(piece)
     _say("\n")
@@ -310,6 +314,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    lookahead: Lookahead = 0,
     baked_prompt: Baked = True,
     session: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Go on with the conversation in this file, where it exists, and save it there on leaving.",
@@ -331,7 +336,8 @@ def chat(
                 conversation.reset()
                 continue
             try:
-                for piece in conversation.answer(line, max_tokens=max_tokens, temperature=temperature, seed=seed):
+                for piece in conversation.answer(line, max_tokens=max_tokens, temperature=temperature, seed=seed,
+                                                 lookahead=lookahead):
                     _say(piece)
             except LfmEdgeError as error:
                 _complain(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.metadata
 from dataclasses import dataclass, field
@@ -78,12 +79,14 @@ class Artifact:
     path: the file that the runtime loads; lowering: what `inspect` shows about the exporter's work
     usage: Markdown for the bundle's README, how each client loads it
     activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
+    scored: of how many of a step's last tokens it gives the logits
     """
 
     path: str
     lowering: dict[str, Any]
     usage: str
     activation_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    scored: int = 1
 
 
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
@@ -150,7 +153,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         artifact = chosen.exporter().export(job, directory, progress.stage)
         if socs:
             weights.clear()
-            gc.collect()  # traces of the network, which refer to themselves; the compilers need their memory
+            _give_memory_back()  # the compilers need it
             artifact.lowering.update(chosen.exporter().compile_for(socs, directory, progress.stage))
         manifest = _manifest(checkpoint, chosen, job, artifact, digest)
         if prompt:
@@ -160,6 +163,14 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         (directory / "README.md").write_text(_readme(manifest, artifact.usage))
         manifest.write(directory)
     return Bundle.open(output)
+
+
+def _give_memory_back() -> None:
+    """Free traces of the network, which refer to themselves, and return to the system what is free: half of it stays."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim:
+        trim(0)
 
 
 def _context(config: ModelConfig, context: int | None) -> int:
@@ -242,7 +253,7 @@ def _kv_scales(config: ModelConfig, layout: StateSpec, weights: Weights, bits: R
 def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: Artifact, digest: str) -> Manifest:
     return Manifest(
         target=target.name, artifact=artifact.path, compute_dtype=job.compute_dtype, state_mode=job.state_mode,
-        prefill_chunk=job.prefill_chunk,
+        prefill_chunk=job.prefill_chunk, scored=artifact.scored,
         config=job.config, recipe=job.recipe, state=job.state, lowering=artifact.lowering,
         source=checkpoint.source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
         weights_sha256=digest, activation_ranges=artifact.activation_ranges,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lfm_edge.errors import BundleError, ContextFull
+from lfm_edge.errors import BundleError, ContextFull, LfmEdgeError
 from lfm_edge.saved import Message
 from lfm_edge.session import Logits, Session
+from lfm_edge.speculation import PromptLookup
 from lfm_edge.tokenizer import TextTokenizer
 
 
@@ -27,23 +28,57 @@ def sample(logits: Logits, temperature: float, generator: np.random.Generator) -
 
 
 def generate(session: Session, prompt: Sequence[int], *, max_tokens: int, stop: Sequence[int] = (),
-             temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+             temperature: float = 0.0, seed: int = 0, lookahead: int = 0) -> Iterator[int]:
     """Prefill `prompt` at the session's position, then give one token after the other.
 
-    Ends at a stop token (which is not given), after `max_tokens`, or when the context is full. Every token
-    given is in the session's state when the next one is asked for, or when the iterator ends; a stop token
-    is not.
+    lookahead: most tokens to guess from the conversation so far and check in one step. The tokens are the same
+        without, but for logits that differ by no more than the roundings of a step of another length.
+
+    Ends at a stop token (which is not given), after `max_tokens`, or when the context is full. When the iterator ends,
+    the session has taken every token given and no other. Raises LfmEdgeError where the program cannot tell the logits
+    of so many tokens.
     """
-    generator = np.random.default_rng(seed)
-    logits = session.prefill(prompt)
-    for _ in range(max_tokens):
-        token = sample(logits, temperature, generator)
-        if token in stop:
-            return
-        yield token
-        if session.position == session.spec.context:
-            return
-        logits = session.decode(token)
+    if lookahead and lookahead >= session.scored:
+        raise LfmEdgeError(f"a lookahead of {lookahead}: this session tells the logits of {session.scored} tokens of a "
+                           f"step, and a lookahead of {session.scored - 1} asks for as many")
+    return _generate(session, list(prompt), max_tokens, stop, temperature, np.random.default_rng(seed), lookahead)
+
+
+def _generate(session: Session, prompt: list[int], max_tokens: int, stop: Sequence[int], temperature: float,
+              generator: np.random.Generator, lookahead: int) -> Iterator[int]:
+    rows = session.prefill(prompt)[None]  # logits of what comes after none, one, two ... of the guesses
+    before, given, guesses = len(session.tokens), [], []
+    room = session.spec.context - session.position
+    lookup = PromptLookup(never=stop)
+    lookup.extend(session.tokens if lookahead else [])
+    try:
+        while True:
+            right = 0
+            for row, guess in zip(rows, [*guesses, None], strict=True):
+                token = sample(row, temperature, generator)
+                if token in stop or len(given) == max_tokens:
+                    return
+                given.append(token)
+                yield token
+                if len(given) > room:
+                    return
+                lookup.extend([token] if lookahead else [])
+                if token != guess:
+                    break
+                right += 1
+            if guesses:
+                lookup.hear(right > 0)
+            if right < len(guesses):
+                session.take_back()  # with the wrong guess the right ones, which come again with what follows them
+            step = given[len(session.tokens) - before:]
+            most = min(lookahead + 1 - len(step), max_tokens - len(given) - 1, room - len(given))
+            guesses = lookup.guess(most)
+            rows = session.prefill_scored(step + guesses, len(guesses) + 1) if guesses else session.prefill(step)[None]
+    finally:
+        taken = session.tokens[before:]
+        if taken != given[:len(taken)]:
+            session.take_back()
+            session.prefill(given[len(session.tokens) - before:])
 
 
 def text_pieces(tokenizer: TextTokenizer, tokens: Iterator[int]) -> Iterator[str]:
@@ -119,8 +154,9 @@ class Chat:
         finally:
             self.save(file)
 
-    def answer(self, text: str, *, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
-        """Say something; the answer's text as it comes.
+    def answer(self, text: str, *, max_tokens: int, temperature: float = 0.0, seed: int = 0,
+               lookahead: int = 0) -> Iterator[str]:
+        """Say something; the answer's text as it comes. The options are those of `generate`.
 
         Raises ContextFull where the conversation no longer fits; it is then as it was before.
         """
@@ -141,7 +177,7 @@ class Chat:
                 yield token
 
         stream = generate(self.session, tokens[self.session.position:], max_tokens=max_tokens, stop=self.stop,
-                          temperature=temperature, seed=seed)
+                          temperature=temperature, seed=seed, lookahead=lookahead)
         yield from text_pieces(self.tokenizer, remember(stream))
         self.messages = [*messages, {"role": "assistant", "content": self.tokenizer.decode(said)}]
 

@@ -29,10 +29,12 @@ class Session(ABC):
     origin: what a state must come from for this session to go on with it; None where no bundle told
     arithmetic: the type that it computes in
     remark: what `verify` must say about who computes, where that is not what computes on the device
+    scored: of how many of a step's last tokens `prefill_scored` tells the logits
     """
 
     arithmetic = "float32"
     remark = ""
+    scored = 1
 
     def __init__(self, spec: StateSpec, vocab_size: int, chunk: int,
                  held: tuple[StateTensor, ...] | None = None) -> None:
@@ -44,10 +46,15 @@ class Session(ABC):
         self.tokens: list[int] = []
         self.origin: Origin | None = None
         self.state = [tensor.fresh() for tensor in self.held]
+        self._before: tuple[int, dict[int, torch.Tensor]] | None = None
 
     @abstractmethod
     def _step(self, tokens: list[int]) -> Logits:
         """Run at most `_room()` tokens at `self.position` and update `self.state`; logits of the last one."""
+
+    def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
+        """The same, of the last `count` tokens: float32 [count, vocab]. Where `scored` is more than 1."""
+        raise LfmEdgeError("this session tells the logits of a step's last token only")
 
     def _room(self) -> int:
         """Most tokens that the next step takes."""
@@ -61,6 +68,7 @@ class Session(ABC):
         """
         tokens = [int(token) for token in tokens]
         self._check(tokens)
+        self._before = None
         logits = np.empty(0, np.float32)
         while tokens:
             part, tokens = tokens[:self._room()], tokens[self._room():]
@@ -72,6 +80,39 @@ class Session(ABC):
     def decode(self, token: int) -> Logits:
         """Take one more token. Returns float32 [vocab]; raises as `prefill` does."""
         return self.prefill([token])
+
+    def prefill_scored(self, tokens: Sequence[int], count: int) -> NDArray[np.float32]:
+        """Take at most `chunk` tokens as `prefill` does, in one step that `take_back` can undo.
+
+        Returns float32 [count, vocab], the logits after each of the last `count` tokens, at most `scored`. Raises
+        LfmEdgeError for more of either, or where the program keeps some of the state; else as `prefill`.
+        """
+        self._check_holds_all("take a step back")
+        tokens = [int(token) for token in tokens]
+        self._check(tokens)
+        if len(tokens) > self.chunk or not 1 <= count <= min(self.scored, len(tokens)):
+            raise LfmEdgeError(f"logits of {count} of {len(tokens)} tokens: a step takes {self.chunk}, and tells the "
+                               f"logits of the last {self.scored}")
+        replaced = {index: self._read(index, self.position) for index, tensor in enumerate(self.held)
+                    if tensor.update != APPEND}
+        logits = self._scored_step(tokens, count)
+        self._before = self.position, replaced
+        self.position += len(tokens)
+        self.tokens += tokens
+        return logits
+
+    def take_back(self) -> None:
+        """Undo the last `prefill_scored`, if nothing came after it. Raises LfmEdgeError where something did.
+
+        It costs a copy of the conv state; rows of a cache past the position are never read.
+        """
+        if self._before is None:
+            raise LfmEdgeError("there is no step to take back")
+        position, replaced = self._before
+        for index, kept in replaced.items():
+            self._write(index, kept, position)
+        del self.tokens[len(self.tokens) - (self.position - position):]
+        self.position, self._before = position, None
 
     def snapshot(self) -> Snapshot:
         """A copy of the state, to go back to. Raises LfmEdgeError where the program keeps some of it."""
@@ -87,7 +128,7 @@ class Session(ABC):
         if snapshot.spec != self.spec:
             raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
         self._put_back(snapshot.tensors, snapshot.position)
-        self.position, self.tokens = snapshot.position, list(snapshot.tokens)
+        self.position, self.tokens, self._before = snapshot.position, list(snapshot.tokens), None
 
     def save(self, path: str | Path, messages: Sequence[Message] = ()) -> None:
         """Write the session to a file, from which `load` goes on. A file that is there is replaced in one move.
@@ -123,7 +164,7 @@ class Session(ABC):
         for index, tensor in enumerate(self.held):
             if tensor.update != APPEND:
                 self._write(index, tensor.fresh(), 0)
-        self.position, self.tokens = 0, []
+        self.position, self.tokens, self._before = 0, [], None
 
     def stand_at(self, position: int) -> None:
         """Go to a position without computing what leads there: to measure there, not to get answers.
@@ -135,7 +176,7 @@ class Session(ABC):
             raise ContextFull(f"position {position} is past the context of {self.spec.context}")
         if position > self.position:
             self._repeat_rows(position)
-        self.position = position
+        self.position, self._before = position, None
 
     def _repeat_rows(self, position: int) -> None:
         for tensor, state in zip(self.held, self.state, strict=True):

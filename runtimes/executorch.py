@@ -7,9 +7,11 @@ from pathlib import Path
 
 import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
+import numpy as np
 import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.extension.pybindings import portable_lib
+from numpy.typing import NDArray
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
@@ -23,7 +25,7 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     manifest = bundle.manifest
     held = () if manifest.state_mode == "internal" else manifest.state.tensors
     session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
-    session.forward = forward
+    session.forward, session.scored = forward, manifest.scored
     return session
 
 
@@ -58,6 +60,9 @@ class ExecutorchSession(Session):
     forward: portable_lib.ExecuTorchMethod
 
     def _step(self, tokens: list[int]) -> Logits:
+        return self._scored_step(tokens, 1)[0]
+
+    def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         inputs = [torch.tensor([tokens]), torch.tensor([self.position]), *self.state]
         logits, = self.forward.call(inputs, clone_outputs=False)
-        return logits[0, -1].clone().numpy()
+        return logits[0, -count:].clone().numpy()

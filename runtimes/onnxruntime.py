@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 
 from lfm_edge import ort
 from lfm_edge.bundle import Bundle
@@ -42,7 +43,9 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     graph = packed_graph(bundle)
     program = load(graph, threads)
     _drop_read_pages(graph.parent.resolve())
-    return OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+    session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+    session.scored = manifest.scored
+    return session
 
 
 def stored_constants(bundle: Bundle) -> set[bytes]:
@@ -176,7 +179,7 @@ class OnnxSession(Session):
         self.program = program
         self._next = [state if tensor.update == APPEND else tensor.fresh()
                       for tensor, state in zip(spec.tensors, self.state, strict=True)]
-        self._logits = np.empty((1, 1, vocab_size), np.float32)
+        self._logits = {1: np.empty((1, 1, vocab_size), np.float32)}  # by the number of tokens that are scored
         self._mask = np.ones((1, spec.context), np.int64)
         self._bindings = [self._bind(self.state, self._next), self._bind(self._next, self.state)]
 
@@ -187,16 +190,24 @@ class OnnxSession(Session):
             element = np.dtype(tensor.dtype)
             binding.bind_input(tensor.name, "cpu", 0, element, tensor.shape, old.data_ptr())
             binding.bind_output(name, "cpu", 0, element, tensor.shape, new.data_ptr())
-        binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
         return binding
 
     def _step(self, tokens: list[int]) -> Logits:
-        ids = np.array([tokens], np.int64)
+        return self._scored_step(tokens, 1)[0]
+
+    def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
+        ids, scored = np.array([tokens], np.int64), np.array([count], np.int64)
+        if count not in self._logits:
+            self._logits[count] = np.empty((1, count, self.vocab_size), np.float32)
+        logits = self._logits[count]
         binding = self._bindings[0]
+        if self.scored > 1:
+            binding.bind_input("num_logits_to_keep", "cpu", 0, np.int64, scored.shape, scored.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, self.position + len(tokens)),
                            self._mask.ctypes.data)
         self.program.run_with_iobinding(binding)
         self.state, self._next = self._next, self.state
         self._bindings.reverse()
-        return self._logits[0, 0].copy()
+        return logits[0].copy()

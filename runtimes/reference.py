@@ -58,10 +58,17 @@ class ReferenceSession(Session):
         self._jitter = [module.register_forward_pre_hook(disturb)
                         for module in self.decoder.modules() if isinstance(module, Linear)]
 
+    @property
+    def scored(self) -> int:
+        return self.chunk
+
     def _step(self, tokens: list[int]) -> Logits:
+        return self._scored_step(tokens, 1)[0]
+
+    def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         with torch.no_grad():
-            logits, self.state = self.decoder(torch.tensor([tokens]), torch.tensor([self.position]), self.state)
-        return logits[0, -1].numpy()
+            logits, self.state = self.decoder(torch.tensor([tokens]), torch.tensor([self.position]), self.state, count)
+        return logits[0].numpy()
 
     def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits of every position of `tokens`, float32 [len(tokens), vocab], from a fresh state.
@@ -69,13 +76,11 @@ class ReferenceSession(Session):
         The session's own position and state stay as they are.
         """
         rows, state = [], self.spec.fresh()
-        self.decoder.all_logits = True
         with torch.no_grad():
             for start in range(0, len(tokens), _SCORED_AT_ONCE):
                 part = torch.tensor([list(tokens[start:start + _SCORED_AT_ONCE])])
-                logits, state = self.decoder(part, torch.tensor([start]), state)
+                logits, state = self.decoder(part, torch.tensor([start]), state, scored=None)
                 rows.append(logits[0].numpy())
-        self.decoder.all_logits = False
         return np.concatenate(rows)
 
 

@@ -16,7 +16,7 @@ def ours_and_theirs(overrides, context=48):
     theirs = hf_model(**overrides)
     config = ModelConfig.from_dict(theirs.config.to_dict())
     weights = {name: theirs.state_dict()[name] for name in config.weight_shapes()}
-    return Decoder(config, weights, StateSpec.of(config, context), all_logits=True), theirs
+    return Decoder(config, weights, StateSpec.of(config, context)), theirs
 
 
 def relative_error(ours, theirs):
@@ -28,7 +28,7 @@ def run(decoder, tokens, lengths):
     state, position, rows = decoder.state.fresh(), 0, []
     for length in lengths:
         part = tokens[:, position:position + length]
-        logits, state = decoder(part, torch.tensor([position]), state)
+        logits, state = decoder(part, torch.tensor([position]), state, scored=None)
         rows.append(logits)
         position += length
     return torch.cat(rows, 1)
@@ -80,15 +80,15 @@ def test_a_prompt_of_exactly_the_context_fits():
         assert relative_error(run(decoder, tokens, [LENGTH]), theirs(tokens).logits) <= TOLERANCE
 
 
-def test_only_the_last_tokens_logits_are_computed_unless_asked():
+def test_only_the_logits_of_tokens_that_are_asked_for_are_computed():
     decoder, _ = ours_and_theirs({})
     tokens = torch.arange(6)[None]
     with torch.no_grad():
-        every, _ = decoder(tokens, torch.tensor([0]), decoder.state.fresh())
-        decoder.all_logits = False
-        last, _ = decoder(tokens, torch.tensor([0]), decoder.state.fresh())
-    assert last.shape == (1, 1, hf_config().vocab_size)
-    torch.testing.assert_close(last, every[:, -1:])
+        every, _ = decoder(tokens, torch.tensor([0]), decoder.state.fresh(), scored=None)
+        for scored, expected in ((1, 1), (4, 4), (9, 6)):
+            last, _ = decoder(tokens, torch.tensor([0]), decoder.state.fresh(), scored)
+            assert last.shape == (1, expected, hf_config().vocab_size)
+            torch.testing.assert_close(last, every[:, -expected:])
 
 
 def test_a_step_leaves_the_state_it_was_given_unchanged():
@@ -102,7 +102,6 @@ def test_a_step_leaves_the_state_it_was_given_unchanged():
 @pytest.mark.parametrize("overrides", [{}, {"conv_L_cache": 5, "conv_bias": True}, {"conv_L_cache": 1}])
 def test_the_network_traces_into_one_graph_for_any_number_of_tokens(overrides):
     decoder, _ = ours_and_theirs(overrides)
-    decoder.all_logits = False
     state = decoder.state.fresh()
     length = torch.export.Dim("T", min=1, max=32)
     program = torch.export.export(decoder, (torch.zeros(1, 4, dtype=torch.int64), torch.tensor([0]), state),
@@ -118,7 +117,7 @@ def test_int8_kv_costs_little_and_is_close_to_float():
     decoder, theirs = ours_and_theirs({})
     config = ModelConfig.from_dict(theirs.config.to_dict())
     weights = {name: theirs.state_dict()[name] for name in config.weight_shapes()}
-    small = Decoder(config, weights, StateSpec.of(config, 48, "int8"), all_logits=True)
+    small = Decoder(config, weights, StateSpec.of(config, 48, "int8"))
     tokens = torch.arange(LENGTH)[None] + 30
     with torch.no_grad():
         error = relative_error(run(small, tokens, [4, 1, 16]), run(decoder, tokens, [LENGTH]))

@@ -1,5 +1,7 @@
 """Sessions, over the torch runtime: what the interface promises. (test_executorch.py holds the artifact to it.)"""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from lfm_edge.checkpoint import open_checkpoint
 from lfm_edge.errors import ContextFull, LfmEdgeError
 from lfm_edge.generation import generate, sample
 from lfm_edge.harness.memory import read_memory
+from lfm_edge.session import Session
 from lfm_edge.state import StateSpec, StateTensor
 from runtimes.reference import ReferenceSession, float_weights
 from tests.helpers import save_checkpoint
@@ -128,6 +131,111 @@ def test_generation_ends_when_the_context_is_full(make_session):
     answer = list(generate(session, [4] * (CONTEXT - 2), max_tokens=50))
     assert len(answer) == 3  # two fill the context, and the logits of the second give one more
     assert session.position == CONTEXT
+
+
+def test_a_step_is_taken_back_with_all_that_it_did(session):
+    session.prefill(TOKENS[:4])
+    before, expected = session.snapshot(), make_rows(session, TOKENS[4:8])
+    session.restore(before)
+    session.prefill_scored([99, 98, 97], 2)
+    assert session.position == 7 and session.tokens[4:] == [99, 98, 97]
+    session.take_back()
+    assert session.position == 4 and session.tokens == TOKENS[:4]
+    assert all(torch.equal(a, b) for a, b in zip(before.tensors, session.snapshot().tensors, strict=True))
+    rows = session.prefill_scored(TOKENS[4:8], 4)
+    np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
+
+
+def make_rows(session, tokens):
+    return np.stack([session.decode(token) for token in tokens])
+
+
+@pytest.mark.parametrize("after", [
+    lambda session: session.decode(1), lambda session: session.reset(), lambda session: session.take_back(),
+    lambda session: session.restore(session.snapshot()), lambda session: session.stand_at(9)])
+def test_only_the_last_step_is_taken_back(make_session, after):
+    session = make_session()
+    with pytest.raises(LfmEdgeError, match="no step to take back"):
+        session.take_back()
+    session.prefill_scored(TOKENS[:5], 5)
+    after(session)
+    with pytest.raises(LfmEdgeError, match="no step to take back"):
+        session.take_back()
+
+
+@pytest.mark.parametrize("tokens, count", [([1, 2, 3], 4), ([1, 2, 3], 0), ([1, 2, 3, 4, 5], 2)])
+def test_logits_of_more_tokens_than_a_step_has_are_refused(make_session, tokens, count):
+    session = make_session(chunk=4)
+    with pytest.raises(LfmEdgeError, match="a step takes 4"):
+        session.prefill_scored(tokens, count)
+    assert session.position == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("lookahead", [1, 3, 7])
+def test_a_lookahead_gives_the_same_tokens_and_leaves_the_same_session(make_session, lookahead, temperature):
+    prompt = [5, 9, 5, 9, 5, 9, 11, 5]  # repeats, so there is something to guess
+    plain, ahead = make_session("float32"), make_session("float32")
+    options = {"max_tokens": 20, "temperature": temperature, "seed": 3}
+    expected = list(generate(plain, prompt, **options))
+    assert list(generate(ahead, prompt, **options, lookahead=lookahead)) == expected
+    assert ahead.tokens == plain.tokens == prompt + expected and ahead.position == plain.position
+    np.testing.assert_allclose(ahead.decode(4), plain.decode(4), rtol=1e-4, atol=1e-5)
+
+
+def test_a_right_guess_saves_steps_and_a_wrong_one_changes_nothing():
+    """A session that counts, in words of its own: after a token comes that token plus one, up to 9, then 0."""
+    session, prompt = Counting(), list(range(10)) * 2
+    assert list(generate(session, prompt, max_tokens=15, lookahead=4)) == [*range(10), *range(5)]
+    assert session.tokens == [*prompt, *range(10), *range(5)]
+    assert session.steps == 5  # of the prompt, of 1 + 4, 1 + 4, 1 + 3 tokens, of the last one
+    session = Counting()
+    misleading = [3, 4, 5, 9, 3, 4, 5, 8, 3, 4, 5, 2, 3, 4]
+    assert list(generate(session, misleading, max_tokens=4, lookahead=4)) == [5, 6, 7, 8]
+    assert session.tokens == [*misleading, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("stop_after", range(1, 14))
+def test_who_stops_listening_early_or_at_a_stop_token_finds_what_was_given_in_the_session(stop_after):
+    prompt = list(range(10)) * 2
+    session = Counting()
+    given = list(itertools.islice(generate(session, prompt, max_tokens=30, lookahead=6), stop_after))
+    assert session.tokens[:19 + stop_after] == [*prompt, *given][:19 + stop_after]
+    assert len(session.tokens) <= 20 + stop_after
+    session = Counting()
+    stop = stop_after % 10
+    assert list(generate(session, prompt, max_tokens=30, stop=[stop], lookahead=6)) == list(range(stop))
+    assert session.tokens == prompt + list(range(stop))
+
+
+def test_a_lookahead_ends_where_the_context_does():
+    plain, ahead = Counting(context=27), Counting(context=27)
+    prompt = list(range(10)) * 2
+    assert list(generate(ahead, prompt, max_tokens=30, lookahead=6)) == list(generate(plain, prompt, max_tokens=30))
+    assert ahead.position == plain.position == 27
+
+
+def test_a_lookahead_beyond_what_the_program_scores_is_refused():
+    session = Counting()
+    with pytest.raises(LfmEdgeError, match="a lookahead of 7 asks for as many"):
+        generate(session, [1], max_tokens=3, lookahead=8)
+
+
+class Counting(Session):
+    """Answers each token with the next digit, and has no state but its tokens."""
+
+    scored = 8
+
+    def __init__(self, context=CONTEXT):
+        super().__init__(StateSpec((), context), 10, chunk=64)
+        self.steps = 0
+
+    def _step(self, tokens):
+        return self._scored_step(tokens, 1)[0]
+
+    def _scored_step(self, tokens, count):
+        self.steps += 1
+        return np.eye(10, dtype=np.float32)[[(token + 1) % 10 for token in tokens[-count:]]]
 
 
 def test_sampling_is_seeded_and_follows_the_temperature():

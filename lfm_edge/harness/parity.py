@@ -172,11 +172,24 @@ def after_restore(session: Session, tokens: Sequence[int]) -> Steps:
     return [session.prefill(following[:3]), *(session.decode(token) for token in following[3:])]
 
 
+def lookahead(session: Session, tokens: Sequence[int]) -> Steps:
+    """Wrong guesses that are taken back, then right ones: the logits of every token of one step."""
+    session.reset()
+    half, count = _prompt_length(tokens) // 2, min(session.scored, session.chunk, 8)
+    session.prefill(tokens[:half])
+    wrong = tokens[-count:]
+    session.prefill_scored(wrong, len(wrong))
+    session.take_back()
+    following = tokens[half:half + count]
+    return list(session.prefill_scored(following, len(following)))
+
+
 PHASES: dict[str, Callable[[Session, Sequence[int]], Steps]] = {
     "full prefill": full_prefill, "chunked prefill": chunked_prefill, "decode": decode,
-    "after reset": after_reset, "after restore": after_restore,
+    "after reset": after_reset, "after restore": after_restore, "lookahead": lookahead,
 }
 NEEDS_SNAPSHOT = frozenset({"after restore"})
+NEEDS_SCORES = frozenset({"lookahead"})  # of more tokens than a step's last
 
 
 def run_phases(session: Session, tokens: Sequence[int], phases: Sequence[str]) -> dict[str, Steps]:

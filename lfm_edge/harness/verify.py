@@ -216,8 +216,10 @@ def _windows(bundle: Bundle, path: Path) -> list[list[int]]:
 
 
 def _phases(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
+    """Those of what the bundle can do, and what it was told not to be able to do, with the reason."""
+    phases = [phase for phase in parity.PHASES if bundle.manifest.scored > 1 or phase not in parity.NEEDS_SCORES]
     if bundle.manifest.state_mode == "explicit":
-        return list(parity.PHASES), {}
+        return phases, {}
     reason = "the state is inside the program (--state internal): it cannot be snapshotted"
-    return ([phase for phase in parity.PHASES if phase not in parity.NEEDS_SNAPSHOT],
+    return ([phase for phase in phases if phase not in parity.NEEDS_SNAPSHOT],
             dict.fromkeys(parity.NEEDS_SNAPSHOT, reason))

@@ -37,16 +37,16 @@ class DecoderLayer(nn.Module):
         self.operator = ShortConv(weights) if kind == CONV else Attention(weights, config)
         self.ffn_norm = weights.norm("ffn_norm", config.norm_eps)
         self.feed_forward = FeedForward(weights)
-        self.last_token = weights.lowering.last_token()
+        self.last_tokens = weights.lowering.last_tokens()
 
     def forward(self, x: Tensor, place: Any, state: list[Tensor],
-                last_only: bool = False) -> tuple[Tensor, list[Tensor]]:
+                scored: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """x: float32 [B, T, H]; state: this layer's tensors -> the same
 
-        last_only: leave out the other tokens, once the operator has mixed them into the last one: [B, 1, H]
+        scored: leave out all but so many last tokens, once the operator has mixed the others into them
         """
         out, state = self.operator(self.operator_norm(x), place, state)
-        x = self.last_token(x + out, place) if last_only else x + out
+        x = x + out if scored is None else self.last_tokens(x + out, place, scored)
         return x + self.feed_forward(self.ffn_norm(x)), state
 
 
@@ -56,11 +56,10 @@ class Decoder(nn.Module):
     weights: every tensor of `config.weight_shapes()`, float32 or quantized
     state: the layout of the state (see `StateSpec`), which also fixes the context
     lowering: how the pieces are computed; the reference where none is given
-    all_logits: give the logits of every position instead of the last one's
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, state: StateSpec,
-                 lowering: Lowering | None = None, all_logits: bool = False) -> None:
+                 lowering: Lowering | None = None) -> None:
         super().__init__()
         lowering = lowering or Lowering()
         table = weights["model.embed_tokens.weight"]
@@ -73,24 +72,24 @@ class Decoder(nn.Module):
         self.lm_head = lowering.linear(head, None)
         self.positions = lowering.positions(config, state.context)
         self.state = state
-        self.all_logits = all_logits
         self.eval()
 
-    def forward(self, tokens: Tensor, position: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, tokens: Tensor, position: Tensor, state: list[Tensor],
+                scored: int | None = 1) -> tuple[Tensor, list[Tensor]]:
         """One step: any number of tokens, from `position` on.
 
         tokens: int64 [1, T]; position: int64 [1], the number of tokens before these, or whatever else tells the
             lowering's `positions` where they stand
         state: every tensor of the spec, in its order
-        Returns logits float32 [1, 1, vocab] of the last token ([1, T, vocab] with `all_logits`), and the
-        next state.
+        scored: how many of the last tokens the logits are wanted of; None for all
+        Returns logits float32 [1, min(scored, T), vocab], and the next state.
         """
         place = self.positions(position, tokens.shape[1])
         x = self.embed_tokens(tokens)  # [1, T, H]
         following: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            # Only the last token's logits are wanted, so the last feed-forward need not see the others.
-            is_last = index == len(self.layers) - 1 and not self.all_logits
-            x, updated = layer(x, place, [state[i] for i in self.state.of_layer(index)], is_last)
+            # The last feed-forward need not see tokens whose logits are not wanted.
+            wanted = scored if index == len(self.layers) - 1 else None
+            x, updated = layer(x, place, [state[i] for i in self.state.of_layer(index)], wanted)
             following += updated
         return self.lm_head(self.embedding_norm(x)), following

@@ -72,9 +72,9 @@ class Lowering:
         """
         return CachedAttention(scale, kv_scales)
 
-    def last_token(self) -> nn.Module:
-        """x [B, T, H] and where the tokens stand -> the last one's, [B, 1, H]"""
-        return LastToken()
+    def last_tokens(self) -> nn.Module:
+        """x [B, T, H], where the tokens stand, a count -> the last so many of them"""
+        return LastTokens()
 
 
 def _dense(weight: Weight) -> Tensor:
@@ -214,12 +214,12 @@ class CausalConv(nn.Module):
         return y.transpose(1, 2), columns[:, :, x.shape[1]:]
 
 
-class LastToken(nn.Module):
-    """The last token of a step."""
+class LastTokens(nn.Module):
+    """The last tokens of a step, all where there are fewer."""
 
-    def forward(self, x: Tensor, place: Any) -> Tensor:
-        """x: float32 [B, T, H] -> float32 [B, 1, H]"""
-        return x[:, -1:]
+    def forward(self, x: Tensor, place: Any, count: int) -> Tensor:
+        """x: float32 [B, T, H] -> float32 [B, min(count, T), H]"""
+        return x[:, -count:]
 
 
 class CachedAttention(nn.Module):

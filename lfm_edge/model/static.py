@@ -104,7 +104,7 @@ class StaticLowering(Lowering):
     def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
         return TwoPartAttention(scale)
 
-    def last_token(self) -> nn.Module:
+    def last_tokens(self) -> nn.Module:
         return LastValidToken()
 
 
@@ -203,9 +203,9 @@ class ShiftedSum(nn.Module):
 
 
 class LastValidToken(nn.Module):
-    """The last token that is no padding."""
+    """The last token that is no padding: a static program gives the logits of one."""
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def forward(self, x: Tensor, place: Place, count: int) -> Tensor:
         """x: [1, T, H] -> [1, 1, H]"""
         return x if place.last_row is None else place.last_row @ x
 
