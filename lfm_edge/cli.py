@@ -224,7 +224,8 @@ def bench(
         parser=_names, metavar="PEER,...", show_default=False,
         help="Also measure other exporters, in the same rounds: llama.cpp, export_llm (ExecuTorch's own), "
              "onnxruntime-genai, mlx-lm. Each builds from the bundle's checkpoint, with options as near to the "
-             "bundle's as it has; what it built stays in the cache. The table says what is not equal.")] = None,
+             "bundle's as it has; what it built stays in the cache. The table says what is not equal. PEER=BUNDLE "
+             "builds for that bundle alone, and holds all of them against it.")] = None,
     model: Annotated[str | None, typer.Option(help="Where the checkpoint is now that peers are built from, if not "
                                                    "where the manifest says.", show_default=False)] = None,
     json_file: JsonFile = None,

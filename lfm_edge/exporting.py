@@ -166,7 +166,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
 
 
 def _give_memory_back() -> None:
-    """Free traces of the network, which refer to themselves, and return to the system what is free: half of it stays."""
+    """Free traces of the network, which refer to themselves, and return what is free to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim:

@@ -239,6 +239,20 @@ def test_bundles_of_other_bits_meet_a_peer_of_their_own(bundle, made_up):
         (theirs, ours), (ours, names[0]), (theirs, names[1])]
 
 
+def test_one_peer_that_matches_one_bundle_is_held_against_all(bundle, made_up):
+    wide = Bundle(bundle.directory.with_name("wide"), replace(bundle.manifest, recipe=recipe(4, 128, 8, "int8 rows")))
+    ours = str(bundle.directory)
+    result = bench([bundle, wide], Settings((8,), 4, threads=(1,), repeat=2, against=(f"{EXPORT_LLM}={ours}",)))
+    name = f"{EXPORT_LLM} like bundle"
+    peer, = result.benchmarks[2:]
+    assert peer.bundle == name and peer.peer.arguments["quantization.group_size"] == "32"
+    assert [(entry.bundle, entry.over) for entry in result.comparisons if entry.what == "decode"] == [
+        (str(wide.directory), ours), (ours, name), (str(wide.directory), name)]
+    first, second = peer.peer.matches
+    assert not any("linear layers" in line for line in first.differs)
+    assert "linear layers: 4 bits in groups of 32, the bundle 4 bits in groups of 128" in second.differs
+
+
 def test_peers_need_not_keep_to_the_budget(bundle, made_up, monkeypatch):
     result = bench([bundle], Settings((8,), 4, threads=(1,), repeat=1, budget=39_000_000, against=(GENAI,)))
     assert not result.passed and len(budget_lines(result)) == 1
@@ -273,6 +287,7 @@ def test_export_llm_has_no_8_bit_recipe(bundle):
 @pytest.mark.parametrize(("options", "message"), [
     (("--against", "torchchat"), "--against torchchat: unknown peer; known are llama.cpp, export_llm, onnxruntime-genai"
                                  ", mlx-lm"),
+    (("--against", f"{EXPORT_LLM}=elsewhere"), f"--against {EXPORT_LLM}=elsewhere: elsewhere is none of the bundles"),
     (("--model", "elsewhere"), "--model elsewhere: bench reads a checkpoint for peers only; give --against as well"),
     (("--against", GENAI, "--model", "nowhere"), "nowhere: no such directory"),
     (("--against", GENAI), "made by a test: no such directory, and not a hub id (owner/name) or random:PRESET; "

@@ -21,7 +21,7 @@ from lfm_edge.harness.devices import Projection, project
 from lfm_edge.harness.host import Host, provenance
 from lfm_edge.harness.limit import COUNTS, memory_limit
 from lfm_edge.harness.memory import Memory
-from lfm_edge.harness.peers import PEERS, peers_named
+from lfm_edge.harness.peers import PEERS, peer_named
 from lfm_edge.harness.peers.building import prepare
 from lfm_edge.harness.peers.peer import Built, Peer, differences, traits_of
 from lfm_edge.harness.predict import Prediction, predict, remedies
@@ -42,7 +42,8 @@ class Settings:
     threads: of the runtime, each in turn; empty for all cores
     repeat: rounds; sustained_s: seconds of decode without a pause, in one more process; 0 for none
     budget: bytes that the peak above an empty process may reach; memory_limit: what the system enforces, or None
-    against: names of peers; model: where the checkpoint is that these are built from, if not where bundles say
+    against: names of peers; `NAME=BUNDLE` is one that matches this bundle and is held against all of them
+    model: where the checkpoint is that peers are built from, if not where bundles say
     """
 
     prompt_tokens: tuple[int, ...] = (512,)
@@ -77,7 +78,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Match:
-    """A bundle that a peer's artifact was made to match, and in what the two differ."""
+    """A bundle that a peer's artifact is held against, and in what the two differ."""
 
     bundle: str
     differs: tuple[str, ...]
@@ -133,7 +134,7 @@ class Subject:
 
     @classmethod
     def of_peer(cls, name: str, built: Built, matched: Sequence[Bundle]) -> Subject:
-        """A peer's artifact, made to match these bundles."""
+        """A peer's artifact, to be held against these bundles."""
         peer, manifest = PEERS[built.peer], built.manifest
         theirs = peer.traits(built)
         matches = tuple(Match(str(bundle.directory), tuple(differences(theirs, traits_of(bundle.manifest))))
@@ -145,7 +146,7 @@ class Subject:
                    peer.state(built).nbytes, manifest, entry)
 
     def is_matched_by(self, other: Subject) -> bool:
-        """Whether `other` is a peer's artifact that was made to match this bundle."""
+        """Whether `other` is a peer's artifact that is held against this bundle."""
         return other.peer is not None and self.name in (match.bundle for match in other.peer.matches)
 
 
@@ -320,16 +321,16 @@ def bench(bundles: Sequence[Bundle], settings: Settings | None = None, *,
     cannot build, or a round fails. A round that the hard limit ends does not raise: it is in `over_limit`.
     """
     settings = settings or Settings()
-    peers = peers_named(settings.against)
     raced = [bundle for bundle in bundles if bundle.target.is_measured_here]
+    races = [_race(entry, raced) for entry in dict.fromkeys(settings.against)]
     subjects = [Subject.of_bundle(bundle) for bundle in raced]
     for subject in subjects:
         settings.plan(subject, None)  # raises before anything is built
     left_out = [LeftOut.of(Subject.of_bundle(bundle), _elsewhere(bundle.target.runs_on)) for bundle in bundles
                 if not bundle.target.is_measured_here]
     left_out += [LeftOut(peer.name, None, _elsewhere(" and ".join(peer.measured_on)), None, None, peer=True)
-                 for peer in peers if not peer.is_measured_here]
-    subjects += _peers([peer for peer in peers if peer.is_measured_here], raced, settings.model, progress)
+                 for peer in dict.fromkeys(peer for peer, _ in races) if not peer.is_measured_here]
+    subjects += _peers([race for race in races if race[0].is_measured_here], raced, settings.model, progress)
     run = _Run(subjects, settings, progress)
     run.warm_up()
     for number in range(settings.repeat):
@@ -340,21 +341,31 @@ def bench(bundles: Sequence[Bundle], settings: Settings | None = None, *,
                        tuple(run.over_limit), run.bandwidth, run.limit_kind)
 
 
-def _peers(peers: Sequence[Peer], bundles: Sequence[Bundle], model: str | None,
+def _race(entry: str, bundles: Sequence[Bundle]) -> tuple[Peer, Bundle | None]:
+    """The peer of `NAME` or `NAME=BUNDLE`, and the one bundle that it is to match. Raises LfmEdgeError for others."""
+    name, given, path = entry.partition("=")
+    peer = peer_named(name)
+    like = next((bundle for bundle in bundles if given and bundle.directory == Path(path)), None)
+    if given and like is None:
+        raise LfmEdgeError(f"--against {entry}: {path} is none of the bundles that are measured")
+    return peer, like
+
+
+def _peers(races: Sequence[tuple[Peer, Bundle | None]], bundles: Sequence[Bundle], model: str | None,
            progress: Callable[[str], None]) -> list[Subject]:
     """Each peer's artifacts for these bundles: one where what it can do comes to the same for all of them."""
-    for peer in peers:
-        for bundle in bundles:
+    for peer, like in races:
+        for bundle in [like] if like else bundles:
             peer.arguments(bundle.manifest)  # raises before anything is built
     found = []
-    for peer in peers:
+    for peer, like in races:
         built: dict[Path, tuple[Built, list[Bundle]]] = {}
-        for bundle in bundles:
+        for bundle in [like] if like else bundles:
             made = prepare(peer, bundle, model, progress)
             built.setdefault(made.directory, (made, []))[1].append(bundle)
         for made, matched in built.values():
-            name = peer.name if len(built) == 1 else f"{peer.name} like {matched[0].directory.name}"
-            found.append(Subject.of_peer(name, made, matched))
+            name = peer.name if len(built) == 1 and not like else f"{peer.name} like {matched[0].directory.name}"
+            found.append(Subject.of_peer(name, made, bundles if like else matched))
     return found
 
 

@@ -1,0 +1,56 @@
+"""Hold a large NPU bundle against the quantized reference on the simulator: a prefill chunk, then some decode steps.
+
+    python examples/python/simulate.py BUNDLE [--soc NAME] [--tokens N]
+
+`lfm-edge verify` does more of that, and takes hours at 1.2B, where the simulator takes half a minute for a token. The
+reference holds the weights in float32. Each row is printed as it comes.
+"""
+
+import argparse
+import time
+
+from lfm_edge import open_bundle
+from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.harness.parity import compare
+from lfm_edge.quantization.calibration import read_kv_scales
+from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.sample import sample_tokens
+from lfm_edge.targets import reference_runtime
+
+
+def reference_session(bundle):
+    """The reference over the bundle's own integers."""
+    manifest = bundle.manifest
+    weights = quantize_checkpoint(open_checkpoint(manifest.source), manifest.recipe)
+    weights |= read_kv_scales(bundle.directory)
+    return reference_runtime().ReferenceSession(
+        manifest.config, weights, manifest.state.for_reference(manifest.config),
+        activations=manifest.recipe.activations)
+
+
+def main(directory, soc, tokens):
+    bundle = open_bundle(directory)
+    manifest = bundle.manifest
+    text = sample_tokens(bundle.tokenizer(), manifest.config.vocab_size, manifest.prefill_chunk + tokens)
+    steps = [text[:manifest.prefill_chunk], *([token] for token in text[manifest.prefill_chunk:])]
+    reference = reference_session(bundle)
+    expected = [reference.prefill(step) for step in steps]
+    del reference
+    session = bundle.session(soc=soc)
+    print(session.remark, flush=True)
+    for step, theirs in zip(steps, expected, strict=True):
+        start = time.monotonic()
+        ours = session.prefill(step)
+        row = compare("", [ours], [theirs])
+        print(f"{len(step):4d} tokens to position {session.position}: cosine {row.cosine:.6f}, largest error "
+              f"{row.logit_error:.4f} of the spread, KL {row.kl_divergence:.2e} nats, best token "
+              f"{'the same' if row.top1_agreement == 1 else 'ANOTHER'}; {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("--soc", help="one of the chips that the bundle was compiled for; the first without it")
+    parser.add_argument("--tokens", type=int, default=4, help="decode steps after the chunk (default: 4)")
+    options = parser.parse_args()
+    main(options.bundle, options.soc, options.tokens)
