@@ -411,7 +411,8 @@ def _make_optional(graph: ir.Graph) -> None:
     """Give the number of scored tokens a default: clients that do not know the input get the last token's logits.
 
     It is an input with an initializer, which ONNX Runtime counts among the overridable ones and not among the inputs.
-    The traced shapes of what depends on it are those of the whole step; without them they are inferred.
+    The traced shapes of what depends on it are those of the whole step; without them they are inferred. That of the
+    logits is what the default gives: onnxruntime-genai takes any other as one row for each token of the step.
     """
     scored = next(value for value in graph.inputs if value.name == SCORED)
     graph.inputs.remove(scored)
@@ -424,7 +425,7 @@ def _make_optional(graph: ir.Graph) -> None:
             depend.update(node.outputs)
             for value in node.outputs:
                 value.shape = None
-    graph.outputs[0].shape = ir.Shape([1, SCORED, graph.outputs[0].producer().attributes["N"].as_int()])
+    graph.outputs[0].shape = ir.Shape([1, 1, graph.outputs[0].producer().attributes["N"].as_int()])
 
 
 def _strip(model: ir.Model) -> None:

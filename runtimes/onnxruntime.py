@@ -179,7 +179,7 @@ class OnnxSession(Session):
         self.program = program
         self._next = [state if tensor.update == APPEND else tensor.fresh()
                       for tensor, state in zip(spec.tensors, self.state, strict=True)]
-        self._logits = {1: np.empty((1, 1, vocab_size), np.float32)}  # by the number of tokens that are scored
+        self._logits = np.empty((1, 1, vocab_size), np.float32)
         self._mask = np.ones((1, spec.context), np.int64)
         self._bindings = [self._bind(self.state, self._next), self._bind(self._next, self.state)]
 
@@ -197,17 +197,17 @@ class OnnxSession(Session):
 
     def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         ids, scored = np.array([tokens], np.int64), np.array([count], np.int64)
-        if count not in self._logits:
-            self._logits[count] = np.empty((1, count, self.vocab_size), np.float32)
-        logits = self._logits[count]
         binding = self._bindings[0]
         if self.scored > 1:
             binding.bind_input("num_logits_to_keep", "cpu", 0, np.int64, scored.shape, scored.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        if count == 1:
+            binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
+        else:
+            binding.bind_output("logits")  # no memory of ours: it has another shape than the graph says
         binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, self.position + len(tokens)),
                            self._mask.ctypes.data)
         self.program.run_with_iobinding(binding)
         self.state, self._next = self._next, self.state
         self._bindings.reverse()
-        return logits[0].copy()
+        return self._logits[0].copy() if count == 1 else binding.get_outputs()[-1].numpy()[0]

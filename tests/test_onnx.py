@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 
 import exporters.onnx
@@ -60,7 +61,23 @@ def test_the_inputs_and_outputs_have_the_names_that_clients_know(graph):
     assert "past_key_values.2.key" in names
     assert [value.name for value in graph.outputs] == [
         "logits", *(name.replace("past_key_values", "present").replace("past_conv", "present_conv")
-                    for name in names[2:])]
+                    for name in names[2:-1])]
+
+
+def test_clients_that_do_not_ask_get_the_last_token_s_logits(bundle):
+    """An input with a default, which ONNX Runtime does not list among the inputs."""
+    program = onnxruntime.InferenceSession(str(bundle.artifact), providers=["CPUExecutionProvider"])
+    assert "num_logits_to_keep" not in [value.name for value in program.get_inputs()]
+    optional, = program.get_overridable_initializers()
+    assert optional.name == "num_logits_to_keep"
+    assert program.get_outputs()[0].shape[1] == 1  # what clients that allocate it go by
+    state = {value.name: np.zeros([size if isinstance(size, int) else 0 for size in value.shape], np.float32)
+             for value in program.get_inputs()[2:]}
+    feeds = {"input_ids": np.array([[5, 6, 7, 8]]), "attention_mask": np.ones((1, 4), np.int64), **state}
+    one, = program.run(["logits"], feeds)
+    three, = program.run(["logits"], {**feeds, optional.name: np.array([3])})
+    assert one.shape[1] == 1 and three.shape[1] == 3
+    np.testing.assert_allclose(three[:, 2:], one, atol=1e-5 * one.std())
 
 
 def test_every_weight_dequantizes_to_the_quantizer_s_own_bit_for_bit(bundle, graph):
