@@ -55,7 +55,7 @@ class Manifest:
     source: the checkpoint as the user named it; source_sha256: its content
     weights_sha256: of the quantized integers and scales, the same for every target with this recipe
     activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
-    scored: of how many of a step's last tokens the artifact gives the logits
+    scored: of how many of a step's last tokens the artifact gives the logits; 1 where a manifest does not say
     files: size and SHA-256 of every other file, by its path inside the bundle
     baked_prompt: None where the bundle has none
     """
@@ -92,11 +92,12 @@ class Manifest:
         raw = {
             "schema_version": SCHEMA_VERSION, "target": self.target, "artifact": self.artifact,
             "compute_dtype": self.compute_dtype, "state_mode": self.state_mode,
-            "prefill_chunk": self.prefill_chunk, "scored": self.scored, "config": self.config.to_dict(),
+            "prefill_chunk": self.prefill_chunk, "config": self.config.to_dict(),
             "recipe": self.recipe.to_dict(), "state": self.state.to_dict(), "lowering": self.lowering,
             "source": self.source, "source_sha256": self.source_sha256, "licence": self.licence,
             "weights_sha256": self.weights_sha256, "versions": self.versions,
             "activation_ranges": self.activation_ranges, "files": files,
+            **({"scored": self.scored} if self.scored > 1 else {}),
             **({"baked_prompt": asdict(self.baked_prompt)} if self.baked_prompt else {}),
         }
         (directory / MANIFEST).write_text(json.dumps(raw, indent=2) + "\n")

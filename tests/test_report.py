@@ -306,8 +306,8 @@ def test_what_passed_has_no_failure_anywhere(results, report):
     assert "FAILED" not in done.markdown and "❌" not in done.markdown and done.err == ""
     names = {case.get("name") for case in done.suites.iter("testcase")}
     assert names == {"weights", "parity: full prefill", "parity: chunked prefill", "parity: decode",
-                     "parity: after reset", "parity: after restore", "parity: median of all", "greedy answer",
-                     "quality", "memory budget, 1 thread"}
+                     "parity: after reset", "parity: after restore", "parity: lookahead", "parity: median of all",
+                     "greedy answer", "quality", "memory budget, 1 thread"}
 
 
 def test_junit_has_a_suite_for_each_file_with_counts_and_figures(results, report):
