@@ -35,12 +35,13 @@ def generate(session: Session, prompt: Sequence[int], *, max_tokens: int, stop: 
         without, but for logits that differ by no more than the roundings of a step of another length.
 
     Ends at a stop token (which is not given), after `max_tokens`, or when the context is full. When the iterator ends,
-    the session has taken every token given and no other. Raises LfmEdgeError where the program cannot tell the logits
-    of so many tokens.
+    the session has taken every token given and no other; closed early, at least all but the last. Raises LfmEdgeError
+    where the program cannot tell the logits of so many tokens.
     """
     if lookahead and lookahead >= session.scored:
-        raise LfmEdgeError(f"a lookahead of {lookahead}: this session tells the logits of {session.scored} tokens of a "
-                           f"step, and a lookahead of {session.scored - 1} asks for as many")
+        raise LfmEdgeError(f"a lookahead of {lookahead}: " + (
+            "this program tells the logits of a step's last token only" if session.scored == 1 else
+            f"at most {session.scored - 1}, as this program tells the logits of {session.scored} tokens of a step"))
     return _generate(session, list(prompt), max_tokens, stop, temperature, np.random.default_rng(seed), lookahead)
 
 

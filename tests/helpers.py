@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -118,6 +120,14 @@ def fill_bundle(directory: Path, artifact: bytes = b"not a real program", target
              recipe=recipe(4, 32, 8, "int8 rows"), state=StateSpec.of(config, 64), lowering={}, source="made by a test",
              source_sha256="0" * 64, licence="none", weights_sha256="0" * 64, versions={"lfm-edge": "0"},
              ).write(directory)
+
+
+def example(name: str) -> ModuleType:
+    """A program of examples/python as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPO / f"examples/python/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def contents(directory: Path) -> dict[str, bytes]:

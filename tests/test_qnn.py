@@ -25,7 +25,7 @@ from lfm_edge.sample import LEAST_CALIBRATION_TOKENS, whole_chunks
 from lfm_edge.socs import SOCS
 from runtimes import qnn as runtime
 from runtimes.reference import ReferenceSession
-from tests.helpers import ALL_AT_ONCE, TINY, lfm_edge, save_checkpoint
+from tests.helpers import ALL_AT_ONCE, TINY, example, lfm_edge, save_checkpoint
 
 CONTEXT, CHUNK = 96, 16
 ALL_SOCS = ",".join(SOCS)
@@ -64,6 +64,14 @@ def error(ours, expected):
 
 def graph(bundle, phase):
     return onnx.load(bundle.artifact / "graphs" / f"{phase}.onnx", load_external_data=False).graph
+
+
+def test_the_example_holds_a_chunk_and_steps_against_the_reference(bundle, capsys):
+    example("simulate").main(bundle.directory, "sm8650", 2)
+    remark, chunk, *steps = capsys.readouterr().out.splitlines()
+    assert remark.startswith("sm8650")
+    assert chunk.split()[:5] == [str(CHUNK), "tokens", "to", "position", f"{CHUNK}:"] and len(steps) == 2
+    assert all("cosine 0.99" in line for line in (chunk, *steps))
 
 
 @pytest.mark.parametrize("soc", SOCS)

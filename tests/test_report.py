@@ -1,7 +1,6 @@
 """`report`: what the results say is on the page, in the JUnit XML and in the summary; nothing they hold breaks out."""
 
 import copy
-import importlib.util
 import json
 import re
 import shutil
@@ -23,7 +22,7 @@ from lfm_edge.harness.sensitivity import analyse
 from lfm_edge.harness.verify import verify
 from lfm_edge.report import charts, write_report
 from lfm_edge.report.charts import Bar, Dot, Series, Value
-from tests.helpers import REPO, save_checkpoint
+from tests.helpers import REPO, example, save_checkpoint
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>|`@team`\x00\ud800 [a](http://b)"
 
@@ -535,10 +534,7 @@ def test_an_installed_copy_has_all_packages_and_the_template():
 
 @pytest.fixture(scope="module")
 def figures():
-    spec = importlib.util.spec_from_file_location("figures", REPO / "examples/python/figures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("figures")
 
 
 def test_the_readmes_figures_are_replaced_between_their_markers(figures, results, tmp_path):

@@ -217,7 +217,7 @@ def test_a_lookahead_ends_where_the_context_does():
 
 def test_a_lookahead_beyond_what_the_program_scores_is_refused():
     session = Counting()
-    with pytest.raises(LfmEdgeError, match="a lookahead of 7 asks for as many"):
+    with pytest.raises(LfmEdgeError, match="a lookahead of 8: at most 7"):
         generate(session, [1], max_tokens=3, lookahead=8)
 
 
