@@ -10,22 +10,9 @@ import argparse
 import time
 
 from lfm_edge import open_bundle
-from lfm_edge.checkpoint import open_checkpoint
 from lfm_edge.harness.parity import compare
-from lfm_edge.quantization.calibration import read_kv_scales
-from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.harness.verify import quantized_reference, quantized_weights
 from lfm_edge.sample import sample_tokens
-from lfm_edge.targets import reference_runtime
-
-
-def reference_session(bundle):
-    """The reference over the bundle's own integers."""
-    manifest = bundle.manifest
-    weights = quantize_checkpoint(open_checkpoint(manifest.source), manifest.recipe)
-    weights |= read_kv_scales(bundle.directory)
-    return reference_runtime().ReferenceSession(
-        manifest.config, weights, manifest.state.for_reference(manifest.config),
-        activations=manifest.recipe.activations)
 
 
 def main(directory, soc, tokens):
@@ -33,7 +20,7 @@ def main(directory, soc, tokens):
     manifest = bundle.manifest
     text = sample_tokens(bundle.tokenizer(), manifest.config.vocab_size, manifest.prefill_chunk + tokens)
     steps = [text[:manifest.prefill_chunk], *([token] for token in text[manifest.prefill_chunk:])]
-    reference = reference_session(bundle)
+    reference = quantized_reference(bundle, quantized_weights(bundle, bundle.source()))
     expected = [reference.prefill(step) for step in steps]
     del reference
     session = bundle.session(soc=soc)

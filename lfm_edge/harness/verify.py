@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_edge.bundle import Bundle, weights_digest
+from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.errors import BundleError
 from lfm_edge.files import read_text
 from lfm_edge.harness import parity, quality
@@ -141,16 +142,11 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     del session
 
     progress.stage("quantize the reference", len(checkpoint.names))
-    calibration = read_windows(bundle.directory, manifest.config) if manifest.recipe.rounding == GPTQ else None
-    weights = quantize_checkpoint(checkpoint, manifest.recipe, lambda _: progress.advance(), calibration)
-    _check_same_weights(bundle, weights)
+    weights = quantized_weights(bundle, checkpoint, progress)
     progress.stage("look the weights up in the artifact")
-    weights |= read_kv_scales(bundle.directory) if manifest.state.needs_kv_scales else {}
     found = _check_weights(bundle, weights)
     progress.stage("run the quantized reference")
-    torch_runtime = reference_runtime()
-    reference = torch_runtime.ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),
-                                               activations=manifest.recipe.activations)
+    reference = quantized_reference(bundle, weights)
     del weights
     theirs = parity.run_phases(reference, sequence, phases)
     quantized_logits = [reference.score(window) for window in windows]
@@ -163,6 +159,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     del reference
 
     progress.stage("run the float32 model", len(tasks) or None)
+    torch_runtime = reference_runtime()
     exact = torch_runtime.ReferenceSession(manifest.config, torch_runtime.float_weights(checkpoint),
                                            StateSpec.of(manifest.config, manifest.state.context))
     cost = quality.compare(windows, map(exact.score, windows), quantized_logits, thresholds.quality_kl)
@@ -177,6 +174,25 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
         [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases], floor, limits,
         parity.typical_error(ours, theirs), typical_floor, parity.judge_greedy(answer, followed, limits), cost,
         quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped, baked)
+
+
+def quantized_weights(bundle: Bundle, checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, Any]:
+    """The bundle's weights, quantized again from its checkpoint, and the constant scales of its caches.
+
+    Raises BundleError where they are not those that were exported.
+    """
+    progress, manifest = progress or Progress(), bundle.manifest
+    calibration = read_windows(bundle.directory, manifest.config) if manifest.recipe.rounding == GPTQ else None
+    weights = quantize_checkpoint(checkpoint, manifest.recipe, lambda _: progress.advance(), calibration)
+    _check_same_weights(bundle, weights)
+    return weights | (read_kv_scales(bundle.directory) if manifest.state.needs_kv_scales else {})
+
+
+def quantized_reference(bundle: Bundle, weights: Weights) -> Any:
+    """A session of the reference over these weights, in the bundle's state and with its target's roundings."""
+    manifest = bundle.manifest
+    return reference_runtime().ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),
+                                                activations=manifest.recipe.activations)
 
 
 def _check_same_weights(bundle: Bundle, weights: Weights) -> None:
