@@ -60,7 +60,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
         program = _trace(module, job)
     progress("lower to XNNPACK")
     with _quiet(), torch.no_grad():
-        edge = xnnpack.lower(program, _metadata(job))
+        edge = xnnpack.lower(program, _metadata(job), job.release_weights)
         edge._edge_programs["forward"] = _update_state_in_place(edge.exported_program())
     progress("plan memory and write model.pte")
     with _quiet(), xnnpack.emission_mended(), torch.no_grad():

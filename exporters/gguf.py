@@ -111,7 +111,9 @@ def packed(name: str, weight: Weight) -> np.ndarray:
         codes = blocks.view(np.uint8) + np.uint8(8)
         blocks = codes[..., :BLOCK // 2] | codes[..., BLOCK // 2:] << np.uint8(4)
     scales = np.repeat(weight.scales.half().numpy(), weight.group_size // BLOCK, axis=1)
-    return np.concatenate([scales[..., None].view(np.uint8), blocks.view(np.uint8)], axis=2).reshape(rows, -1)
+    data = np.concatenate([scales[..., None].view(np.uint8), blocks.view(np.uint8)], axis=2).reshape(rows, -1)
+    weight.release()
+    return data
 
 
 def stored_shape(weight: Weight) -> tuple[int, ...]:

@@ -118,6 +118,7 @@ def shared_columns(name: str, weight: QuantizedTensor) -> int:
 def pack_codes(weight: QuantizedTensor) -> np.ndarray:
     """Codes plus half their range, unsigned, the first column in the lowest bits: uint32 [rows, cols * bits / 32]."""
     codes = weight.ints.numpy().view(np.uint8) + np.uint8(2 ** (weight.bits - 1))
+    weight.release()
     return (codes if weight.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4).view(np.uint32)
 
 

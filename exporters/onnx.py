@@ -146,7 +146,13 @@ class OnnxLowering(Lowering):
 
 
 def _packed(kind: str, weights: list[QuantizedTensor], pack: Callable[[QuantizedTensor], np.ndarray]) -> Packed:
-    return Packed((kind, tuple(map(id, weights))), lambda: np.concatenate([pack(weight) for weight in weights]))
+    def make() -> np.ndarray:
+        parts = [pack(weight) for weight in weights]
+        for weight in weights:
+            weight.release()
+        return np.concatenate(parts)
+
+    return Packed((kind, tuple(map(id, weights))), make)
 
 
 def _quantized_only(weight: Weight) -> QuantizedTensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -33,17 +33,18 @@ from torch._C import DispatchKey
 from torch.export import ExportedProgram
 
 
-def lower(program: ExportedProgram, metadata: dict[str, Any]) -> EdgeProgramManager:
+def lower(program: ExportedProgram, metadata: dict[str, Any], release: Callable[[], None]) -> EdgeProgramManager:
     """Hand to XNNPACK what it takes of a program.
 
     metadata: constants that the result has as methods
+    release: called after each delegate, takes out of memory the weights that were read for it
     """
     partitioner = XnnpackPartitioner()
     preserved, _ = partitioner.ops_to_not_decompose(program)
     # Decomposed once: `to_edge_transform_and_lower` does it three times over. Conversions alone have a dimension order.
     converts = any(node.target == torch.ops.aten.to.dtype for node in program.graph.nodes)
     config = EdgeCompileConfig(preserve_ops=preserved, _check_ir_validity=False, _skip_dim_order=not converts)
-    with _few_retraces(), _shape_of_linear_known(), _weights_shared():
+    with _few_retraces(), _shape_of_linear_known(), _weights_shared(), _weights_released(release):
         return to_edge(program, constant_methods=metadata, compile_config=config).to_backend(partitioner)
 
 
@@ -100,6 +101,20 @@ def _weights_shared() -> Iterator[None]:
         return copy.deepcopy(program, {id(weight): weight for weight in weights})
 
     with patch.object(XnnpackBackend, "copy_exported_program_for_preprocess", staticmethod(copied)):
+        yield
+
+
+@contextlib.contextmanager
+def _weights_released(release: Callable[[], None]) -> Iterator[None]:
+    """Have in memory the weights of one delegate at a time, and what XNNPACK's serializer made of the others."""
+    preprocess = XnnpackBackend.preprocess
+
+    def released(*arguments: Any) -> Any:
+        result = preprocess(*arguments)
+        release()
+        return result
+
+    with patch.object(XnnpackBackend, "preprocess", staticmethod(released)):
         yield
 
 

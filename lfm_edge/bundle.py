@@ -324,6 +324,8 @@ def weights_digest(weights: Weights) -> str:
         for part in parts:
             hasher.update(str(tuple(part.shape)).encode())
             hasher.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+        if isinstance(weight, QuantizedTensor):
+            weight.release()
     return hasher.hexdigest()
 
 

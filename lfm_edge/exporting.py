@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lfm_edge.quantization.calibration import (
 from lfm_edge.quantization.recipe import GPTQ, GROUP_SIZES, HEAD_BITS, NEAREST, ROUNDINGS, MixedBits, Recipe
 from lfm_edge.quantization.recipe import recipe as recipe_of
 from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.quantization.tensor import QuantizedTensor
 from lfm_edge.sample import (
     TEXT,
     Conversation,
@@ -70,6 +72,12 @@ class ExportJob:
     prefill_chunk: int
     prompts: tuple[list[int], ...] = ()
     socs: tuple[Soc, ...] = ()
+
+    def release_weights(self) -> None:
+        """Take all quantized weights out of memory until they are used again."""
+        for weight in self.weights.values():
+            if isinstance(weight, QuantizedTensor):
+                weight.release()
 
 
 @dataclass(frozen=True)
@@ -134,12 +142,12 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout,
                           "float32" if compute_dtype == "int16" else compute_dtype)
     given = _prompts(chosen, calibration, chosen.calibrated or layout.needs_kv_scales or rounding == GPTQ)
-    with new_bundle(Path(output), force) as directory:
+    with new_bundle(Path(output), force) as directory, tempfile.TemporaryFile(dir=directory) as file:
         checkpoint.copy_text_files(directory)
         prompt = None if bake_prompt is None else SystemPrompt.of(Path(bake_prompt), TextTokenizer(directory), context)
         windows = _calibration_windows(checkpoint.config, directory, given) if rounding == GPTQ else None
         progress.stage("quantize", len(checkpoint.names))
-        weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance(), windows)
+        weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance(), windows, file)
         digest = weights_digest(weights)
         texts: tuple[list[int], ...] = ()
         if chosen.calibrated or layout.needs_kv_scales:

@@ -62,7 +62,7 @@ def test_the_program_is_the_one_that_executorch_s_own_lowering_makes(tmp_path, m
     options = {"target": "android-q4", "context": 96, "prefill_chunk": 16, "state": state}
     ours = export(checkpoint, output=tmp_path / "ours", **options)
 
-    def stock(program, metadata):
+    def stock(program, metadata, release):
         return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=metadata,
                                            compile_config=EdgeCompileConfig(_check_ir_validity=False))
 

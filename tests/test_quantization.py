@@ -1,5 +1,7 @@
 """The quantizer: grids, errors, and what is quantized already."""
 
+import tempfile
+
 import pytest
 import torch
 from hypothesis import given
@@ -160,3 +162,16 @@ def test_activation_rounding_is_within_half_a_step_and_keeps_zero(seed, size):
 
 def test_activation_rounding_of_a_row_of_zeros_is_zero():
     assert torch.equal(fake_quantize_rows(torch.zeros(2, 8)), torch.zeros(2, 8))
+
+
+def test_a_weight_in_a_file_is_the_same_before_and_after_it_was_let_go(tmp_path):
+    weight = quantize(torch.randn(48, 96, generator=torch.Generator().manual_seed(3)), Scheme(4, 32))
+    other = quantize(torch.randn(7, 32, generator=torch.Generator().manual_seed(4)), Scheme(8, None))
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        moved, other_moved = weight.moved_to(file), other.moved_to(file)
+    for _ in range(2):  # read again from the file, which has no name any more
+        for before, after in ((weight, moved), (other, other_moved)):
+            assert torch.equal(before.ints, after.ints) and torch.equal(before.scales, after.scales)
+            assert before.bits == after.bits and not before.pages and after.pages
+            after.release()
+    assert not list(tmp_path.iterdir())

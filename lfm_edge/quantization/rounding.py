@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -36,11 +37,13 @@ _SMALLEST_SCALE = 2.0 ** -14  # normal in float16 and bfloat16, so every backend
 
 
 def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe, progress: Callable[[str], None] = lambda name: None,
-                        windows: Tensor | None = None) -> dict[str, Tensor | QuantizedTensor]:
+                        windows: Tensor | None = None, file: BinaryIO | None = None,
+                        ) -> dict[str, Tensor | QuantizedTensor]:
     """Every weight of the model, quantized or in float32 as the recipe says, read one at a time.
 
     progress: called with the name of each weight when it is done
     windows: the text of a calibrated rounding, int64 [B, T]
+    file: holds the quantized weights where one is given, in place of memory
     Raises CheckpointError for unreadable weights, ExportError where the recipe does not fit the shapes.
     """
     schemes = recipe.schemes(checkpoint.config.weight_shapes())  # refuse before the work
@@ -49,13 +52,18 @@ def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe, progress: Callab
 
         if windows is None:
             raise ExportError("a gptq recipe needs the text that it was calibrated with")
-        return quantize_with_text(checkpoint, schemes, windows, progress)
+        weights = quantize_with_text(checkpoint, schemes, windows, progress)
+        return {name: _kept(weight, file) for name, weight in weights.items()}
     weights: dict[str, Tensor | QuantizedTensor] = {}
     for name, scheme in schemes.items():
         value = checkpoint.tensor(name)
-        weights[name] = value.float() if scheme is None else quantize(value, scheme)
+        weights[name] = value.float() if scheme is None else _kept(quantize(value, scheme), file)
         progress(name)
     return weights
+
+
+def _kept(weight: Tensor | QuantizedTensor, file: BinaryIO | None) -> Tensor | QuantizedTensor:
+    return weight.moved_to(file) if file and isinstance(weight, QuantizedTensor) else weight
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:

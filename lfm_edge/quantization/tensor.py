@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import mmap
+import os
+from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ class QuantizedTensor:
     ints: int8 [rows, cols], in [-2**(bits-1), 2**(bits-1) - 1]
     scales: float32 [rows, cols // group_size], each positive and exactly representable in bfloat16
     bits: 4 or 8
+    pages: of the file that it is in, where it is in one
 
     On that grid every dequantized weight is exact in float32, and the scales pack without loss into the
     formats of all targets.
@@ -23,6 +27,7 @@ class QuantizedTensor:
     ints: Tensor
     scales: Tensor
     bits: int
+    pages: tuple[mmap.mmap, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -38,6 +43,16 @@ class QuantizedTensor:
         """Some of the rows."""
         return QuantizedTensor(self.ints[rows], self.scales[rows], self.bits)
 
+    def moved_to(self, file: BinaryIO) -> QuantizedTensor:
+        """The same weight at the end of a file, open for reading and writing, and in memory only while it is used."""
+        (ints, first), (scales, second) = (_mapped(tensor, file) for tensor in (self.ints, self.scales))
+        return QuantizedTensor(ints, scales, self.bits, (first, second))
+
+    def release(self) -> None:
+        """Take a weight that is in a file out of this process's memory; it is read again when it is used again."""
+        for mapped in self.pages if hasattr(mmap, "MADV_DONTNEED") else ():  # Windows has none
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def dequantize(self) -> Tensor:
         """float32 [rows, cols]"""
         return dequantize(self.ints, self.scales)
@@ -51,6 +66,16 @@ class QuantizedTensor:
         if units.isnan().any():
             raise ValueError("the scales of a row are not multiples of one unit")
         return (self.scales / units).to(torch.uint8), units[:, 0]
+
+
+def _mapped(tensor: Tensor, file: BinaryIO) -> tuple[Tensor, mmap.mmap]:
+    """A copy of a tensor at the end of a file, and the mapping that it is seen through."""
+    offset = -(-file.seek(0, os.SEEK_END) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    file.seek(offset)
+    file.write(tensor.contiguous().numpy().data)
+    file.flush()
+    mapped = mmap.mmap(file.fileno(), tensor.nbytes, offset=offset)
+    return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape), mapped
 
 
 LARGEST_MULTIPLE = 15  # of a unit of scales: what fits four bits, as block expansion on NPUs has it
