@@ -114,6 +114,7 @@ def export(
                      ] = False,
 ) -> None:
     """Quantize a checkpoint and export it to a bundle."""
+    _let_threads_sleep()
     from lfm_edge.exporting import export as run
 
     if output is None:
@@ -154,6 +155,7 @@ def verify(
 
     Exits with 1 where anything is outside the target's thresholds.
     """
+    _let_threads_sleep()
     opened = _open(bundle)
     from lfm_edge.harness.tables import verification_tables
     from lfm_edge.harness.verify import verify as run
@@ -185,6 +187,7 @@ def sensitivity(
     limit = None if max_size is None else parse_bytes(max_size)
     if output is not None and limit is None:
         raise LfmEdgeError(f"--output {output}: there is a choice to write with --max-size only")
+    _let_threads_sleep()
     from lfm_edge.harness.sensitivity import analyse
     from lfm_edge.harness.tables import sensitivity_table
 
@@ -348,14 +351,21 @@ def chat(
 def main() -> None:
     """Entry point: errors of ours become one line and exit code 2; a kill cleans up as an interrupt does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # torch's OpenMP threads spin while they wait. Beside another busy process (CI, a laptop in use) that made
-    # quantization over 100 times slower on 2 cores; sleeping costs little on an idle machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except LfmEdgeError as error:
         _complain(error)
         sys.exit(2)
+
+
+def _let_threads_sleep() -> None:
+    """Before torch is loaded: let its OpenMP threads sleep while they wait, where the user has not said otherwise.
+
+    Beside another busy process (CI, a laptop in use) spinning made quantization over 100 times slower on 2 cores;
+    sleeping costs little on an idle machine. Not for commands that answer or measure: the policy is one for all of a
+    process and its children, and llama.cpp decodes a third slower under it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _complain(error: LfmEdgeError) -> None:
