@@ -63,6 +63,10 @@ class Limits:
                    max(thresholds.kl_divergence, *(factor ** 2 * row.kl_divergence for row in floor)),
                    max(thresholds.typical_error, factor * typical_floor))
 
+    def admit(self, rows: Sequence[Agreement], typical_error: float) -> bool:
+        """Whether every phase and the median over all of them are as close as they must be. (NaN is not.)"""
+        return typical_error <= self.typical_error and all(row.within(self) for row in rows)
+
 
 @dataclass(frozen=True)
 class GreedyAgreement:
@@ -116,7 +120,13 @@ def _cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return (ours * theirs).sum(-1) / (np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1))
 
 
-def typical_error(artifact: dict[str, Steps], reference: dict[str, Steps]) -> float:
+def compare_all(artifact: dict[str, Steps], reference: dict[str, Steps]) -> tuple[list[Agreement], float]:
+    """Hold the logits of every phase against the reference's: phase by phase, and the median error over all."""
+    return ([compare(phase, artifact[phase], reference[phase]) for phase in reference],
+            _typical_error(artifact, reference))
+
+
+def _typical_error(artifact: dict[str, Steps], reference: dict[str, Steps]) -> float:
     """The median error over all positions of all phases; NaN where a logit is."""
     return float(np.median(np.concatenate([_errors(np.stack(artifact[phase]), np.stack(reference[phase]))
                                            for phase in reference])))

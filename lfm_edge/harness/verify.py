@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class Verification:
     @property
     def passed(self) -> bool:
         """Whether everything is within its limits."""
-        return (self.weights.passed and all(row.within(self.limits) for row in self.parity) and self.typical_passed
+        return (self.weights.passed and self.limits.admit(self.parity, self.typical_error)
                 and self.greedy.passed and self.baked_passed and self.quality.passed
                 and all(task.passed for task in self.tasks))
 
@@ -152,21 +153,9 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     quantized_logits = [reference.score(window) for window in windows]
     followed = parity.follow(reference, prompt, answer)
     progress.stage("measure its noise floor")
-    agreements = [parity.compare(phase, ours[phase], theirs[phase]) for phase in phases]
-    typical = parity.typical_error(ours, theirs)
-    draws = []
-    for seed in range(MOST_NOISE_DRAWS):
-        reference.jitter(seed, arithmetic)
-        draws.append(parity.run_phases(reference, sequence, phases))
-        floor = [parity.worst([parity.compare(phase, draw[phase], theirs[phase]) for draw in draws])
-                 for phase in phases]
-        typical_floor = max(parity.typical_error(draw, theirs) for draw in draws)
-        limits = parity.Limits.of(thresholds, floor, typical_floor)
-        within = typical <= limits.typical_error and all(row.within(limits) for row in agreements)
-        # An activation that tips at the first token moves every position after it. Where the artifact seems to have
-        # tipped one and the draws have not, they are too few to tell; where they have, more would not help.
-        if len(draws) >= NOISE_DRAWS and (within or typical_floor > thresholds.typical_error):
-            break
+    agreements, typical = parity.compare_all(ours, theirs)
+    floor, typical_floor, limits = _noise_floor(reference, arithmetic, sequence, theirs, thresholds,
+                                                agreements, typical)
     del reference
 
     progress.stage("run the float32 model", len(tasks) or None)
@@ -180,6 +169,29 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
         manifest.source, remark, thresholds, found,
         agreements, floor, limits, typical, typical_floor, parity.judge_greedy(answer, followed, limits), cost,
         quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped, baked)
+
+
+def _noise_floor(reference: Any, arithmetic: str, sequence: Sequence[int], theirs: dict[str, parity.Steps],
+                 thresholds: Thresholds, agreements: Sequence[parity.Agreement], typical: float,
+                 ) -> tuple[list[parity.Agreement], float, parity.Limits]:
+    """The reference against itself with some roundings of noise: phase by phase, the median, the limits that follow.
+
+    theirs: its logits without noise; agreements, typical: of the artifact with those
+    An activation that tips at the first token moves every position after it. Where the artifact seems to have tipped
+    one and the draws of the noise have not, they are too few to tell; where they have, more would not help.
+    """
+    draws, typicals = [], []
+    for seed in range(MOST_NOISE_DRAWS):
+        reference.jitter(seed, arithmetic)
+        rows, typical_error = parity.compare_all(parity.run_phases(reference, sequence, list(theirs)), theirs)
+        draws.append(rows)
+        typicals.append(typical_error)
+        floor, typical_floor = [parity.worst(of_phase) for of_phase in zip(*draws, strict=True)], max(typicals)
+        limits = parity.Limits.of(thresholds, floor, typical_floor)
+        told = limits.admit(agreements, typical) or typical_floor > thresholds.typical_error
+        if told and len(draws) >= NOISE_DRAWS:
+            break
+    return floor, typical_floor, limits
 
 
 def quantized_weights(bundle: Bundle, checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, Any]:
