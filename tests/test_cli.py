@@ -1,6 +1,7 @@
 """The command line: exit codes, one clear line for bad input, and help without torch."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -271,3 +272,13 @@ def test_inspect_shows_what_the_bundle_is(bundle):
 
 def test_messages_have_no_colour_codes_where_there_is_no_terminal(run, tmp_path):
     assert not re.search("\x1b", run("inspect", tmp_path / "missing").stderr)
+
+
+@pytest.mark.parametrize("command, policy", [
+    (("export", "--target", "none"), "passive"), (("verify", "none"), "passive"),
+    (("bench", "none"), None), (("generate", "none", "--prompt", "hi"), None), (("chat", "none"), None)])
+def test_only_commands_that_quantize_say_how_threads_wait(run, monkeypatch, command, policy):
+    """What `bench` measures runs with the user's own policy: llama.cpp decodes a third slower with this one."""
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    the_line(run(*command))
+    assert os.environ.pop("OMP_WAIT_POLICY", None) == policy

@@ -81,7 +81,8 @@ def _write_checkpoint(checkpoint: Checkpoint, config: ModelConfig, directory: Pa
 def _run_builder(peer: Peer, scratch: Path, artifact: Path, arguments: Arguments, place: Path) -> tuple[float, int]:
     """Seconds and peak bytes of the process. Its output goes to a log, which is kept where it fails."""
     task = json.dumps({"peer": peer.name, "scratch": str(scratch), "artifact": str(artifact), "arguments": arguments})
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    # Builders quantize, as `export` does: see lfm_edge/cli.py for why their threads sleep while they wait.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
     log = scratch / "build.log"
     start = time.perf_counter()
     with log.open("wb") as output:
