@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,7 @@ from lfm_edge.files import read_text
 from lfm_edge.tokenizer import TextTokenizer
 
 LEAST_CALIBRATION_TOKENS = 256
-MOST_CALIBRATION_TOKENS = 2048
-_TASKS = 64  # of a checkpoint's prompts, evenly chosen
+MOST_CALIBRATION_TOKENS = 8192
 _WINDOW = 512  # tokens after which calibration begins a new text
 
 Conversation = list[dict[str, str]]  # messages with `role` and `content`
@@ -121,22 +121,23 @@ def read_tasks(directory: Path) -> list[dict[str, Any]]:
 
 
 def default_prompts(directory: Path) -> tuple[Conversation, ...]:
-    """What activations are measured on by default: some of a checkpoint's own prompts, or else the built-in ones.
+    """What activations are measured on by default: a checkpoint's own prompts, or else the built-in ones.
 
     A model far from what it was trained on has other activations than in its use.
     """
-    tasks = read_tasks(directory)
-    chosen = tasks[::max(1, len(tasks) // _TASKS)]
-    return tuple([*task["messages"], {"role": "assistant", "content": task["answer"]}] for task in chosen) or PROMPTS
+    return tuple([*task["messages"], {"role": "assistant", "content": task["answer"]}]
+                 for task in read_tasks(directory)) or PROMPTS
 
 
 def calibration_tokens(tokenizer: TextTokenizer, config: ModelConfig, prompts: Sequence[Conversation]) -> list[int]:
     """Prompts through the chat template, one after the other, and then the built-in text as far as there is room.
 
+    Of more prompts than there is room for, evenly chosen ones: files tend to have one kind of prompt after the other.
     Raises LfmEdgeError where the prompts are too few to measure anything on.
     """
-    tokens = [token for prompt in prompts for token in _tokens_of(tokenizer, prompt)]
-    tokens = [token for token in tokens if token < config.vocab_size]
+    texts = [[token for token in _tokens_of(tokenizer, prompt) if token < config.vocab_size] for prompt in prompts]
+    count = min(len(texts), math.ceil(len(texts) * MOST_CALIBRATION_TOKENS / max(1, sum(map(len, texts)))))
+    tokens = [token for index in range(count) for token in texts[index * len(texts) // count]]
     if len(tokens) < LEAST_CALIBRATION_TOKENS:
         raise LfmEdgeError(f"the prompts are {len(tokens)} tokens; calibration needs at least "
                            f"{LEAST_CALIBRATION_TOKENS}")

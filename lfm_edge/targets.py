@@ -61,6 +61,7 @@ class Footprint:
     tied_in_file, tied_in_memory: how often a table that is embedding and head is there
     packs_narrow_head: whether a table of 4 bits is there once more, packed for the head
     whole_cache: whether a session takes the memory of the whole context at once, not as it is filled
+    forgets_table: whether a session lets go of the embedding's pages after each step
     """
 
     runtime_bytes: int = 0
@@ -71,6 +72,7 @@ class Footprint:
     tied_in_memory: int = 1
     packs_narrow_head: bool = False
     whole_cache: bool = False
+    forgets_table: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ _EXECUTORCH = {
     "exporter_name": "executorch", "runtime_name": "executorch", "requires": ("executorch",),
     "activations": "int8 rows", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
     "state_layout": StateLayout(), "state_modes": ("explicit", "internal"), "artifact": "model.pte",
-    "runs_on": "Android, iOS, Linux (XNNPACK)", "footprint": Footprint(8_000_000, tied_in_file=2, tied_in_memory=2),
+    "runs_on": "Android, iOS, Linux (XNNPACK)",
+    "footprint": Footprint(8_000_000, tied_in_file=2, tied_in_memory=2, forgets_table=True),
 }
 
 # The reference rounds activations block by block, as MLAS does on x86-64, and what is said above holds here too:
@@ -188,7 +191,7 @@ _ONNX = {
     "state_layout": StateLayout(kv_heads_first=True), "state_modes": ("explicit",),
     "runs_on": "any CPU (ONNX Runtime), browsers",
     # MLAS on x86-64 adds a float32 sum to the float32 scale of each group (docs/onnx.md).
-    "footprint": Footprint(17_000_000, scale_bytes=4, packed_bytes=4, tied_in_memory=2),
+    "footprint": Footprint(17_000_000, scale_bytes=4, packed_bytes=4, tied_in_memory=2, forgets_table=True),
 }
 
 # Activations are not rounded to 8 bits here, so nothing tips: in float32 the error is that of sums in another order,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
+from lfm_edge.mapped import MappedPages
 from lfm_edge.progress import native_messages_hidden
 from lfm_edge.session import Logits, Session
 
@@ -25,7 +26,9 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     manifest = bundle.manifest
     held = () if manifest.state_mode == "internal" else manifest.state.tensors
     session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
-    session.forward, session.scored = forward, manifest.scored
+    session.forward, session.scored, session.table = forward, manifest.scored, MappedPages.of(bundle.artifact)
+    session.table.unlock()  # ExecuTorch's loader locks constants where the process may lock memory
+    session.table.forget()
     return session
 
 
@@ -55,9 +58,14 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
 
 
 class ExecutorchSession(Session):
-    """The state is ours, and the program changes it where it lies; or it is the program's own."""
+    """The state is ours, and the program changes it where it lies; or it is the program's own.
+
+    table: what stays mapped of the program, its embedding, let go of after each step; a lookup maps what lies around
+        its row as well
+    """
 
     forward: portable_lib.ExecuTorchMethod
+    table: MappedPages
 
     def _step(self, tokens: list[int]) -> Logits:
         return self._scored_step(tokens, 1)[0]
@@ -65,4 +73,5 @@ class ExecutorchSession(Session):
     def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         inputs = [torch.tensor([tokens]), torch.tensor([self.position]), *self.state]
         logits, = self.forward.call(inputs, clone_outputs=False)
+        self.table.forget()
         return logits[0, -count:].clone().numpy()

@@ -6,7 +6,6 @@ graph in the user's cache directory; later loads map it from there, and the weig
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import platform
 import re
@@ -26,6 +25,7 @@ from lfm_edge import ort
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
 from lfm_edge.files import cache_directory
+from lfm_edge.mapped import MappedPages
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec
 
@@ -34,7 +34,6 @@ _FORMAT = 1  # of a packed graph; another one is made where this has changed
 _ABANDONED_SECONDS = 3600
 _PAGE = 4096
 _PIECE = 1 << 24  # bytes copied at once
-_MADV_PAGEOUT = 21  # gives clean pages back, and would keep changed ones
 
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
@@ -42,9 +41,9 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     manifest = bundle.manifest
     graph = packed_graph(bundle)
     program = load(graph, threads)
-    _drop_read_pages(graph.parent.resolve())
+    MappedPages.of(graph.parent).page_out()  # packing reads every scale, and what is packed has a copy of them
     session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
-    session.scored = manifest.scored
+    session.scored, session.table = manifest.scored, _embedding_pages(graph)
     return session
 
 
@@ -152,27 +151,26 @@ def _processor() -> tuple[str, ...]:
     return (platform.machine(), *sorted(set(lines)))
 
 
-def _drop_read_pages(directory: Path) -> None:
-    """Let go of the pages of files in `directory` that loading has read.
-
-    Packing reads every scale, and what is packed has a copy of them. What a step does need is mapped again.
-    """
-    maps = Path("/proc/self/maps")
-    if not maps.is_file():
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    for line in maps.read_text().splitlines():
-        addresses, *_, name = line.split(maxsplit=5)
-        if name.startswith("/") and Path(name).parent == directory:
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+def _embedding_pages(graph: Path) -> MappedPages:
+    """What is mapped of the graph's embedding table."""
+    model = onnx.load(graph, load_external_data=False)
+    tables = {node.input[0] for node in model.graph.node if node.op_type == "GatherBlockQuantized"}
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.name in tables and where:
+            return MappedPages.of(graph.parent / where["location"], (int(where["offset"]), int(where["length"])))
+    return MappedPages()
 
 
 class OnnxSession(Session):
     """The state is ours. Past and present KV are bound to the same memory, so a step copies no cache.
 
     A conv state cannot be read and written in one place: each has two buffers, which take turns.
+
+    table: the embedding's pages, let go of after each step; a lookup maps what lies around its row as well
     """
+
+    table = MappedPages()
 
     def __init__(self, program: onnxruntime.InferenceSession, spec: StateSpec, vocab_size: int, chunk: int) -> None:
         super().__init__(spec, vocab_size, chunk)
@@ -208,6 +206,7 @@ class OnnxSession(Session):
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, self.position + len(tokens)),
                            self._mask.ctypes.data)
         self.program.run_with_iobinding(binding)
+        self.table.forget()
         self.state, self._next = self._next, self.state
         self._bindings.reverse()
         return self._logits[0].copy() if count == 1 else binding.get_outputs()[-1].numpy()[0]

@@ -45,7 +45,8 @@ def test_every_figure_is_measured(result):
     assert first.baseline_bytes > 50e6  # torch and the runtime, which are not counted as ours
     assert first.threads == 1
     assert len(first.sustained_tps) == 1 and first.sustained_tps[0] > 0
-    assert result.read_bandwidth[1] > 1e8
+    assert result.read_bandwidth[1].low > 1e8
+    assert result.benchmarks[0].points[0].efficiency.median > 0
 
 
 def test_memory_is_noted_at_every_moment(result):
@@ -99,7 +100,21 @@ def test_rounds_of_bundles_and_threads_take_turns_and_are_compared_in_pairs(tiny
     assert (prefill.ratio.low, prefill.ratio.ratio, prefill.ratio.high) == (1.0, 1.0, 1.0)
     assert decode.ratio.ratio == 7 / 6 and decode.ratio.rounds == 3  # medians of 3, 7, 11 over those of 2, 6, 10
     point = result.benchmarks[0].points[0]
-    assert point.limit_tps == 1e9 / point.step_bytes and point.efficiency == 6 / point.limit_tps
+    assert point.limit_tps == 1e9 / point.step_bytes
+    assert (point.efficiency.low, point.efficiency.median, point.efficiency.high) == pytest.approx(
+        [tps / point.limit_tps for tps in (2, 6, 10)])
+
+
+def test_decode_is_held_against_the_bandwidth_beside_its_round(tiny_bundle, made_up, monkeypatch):
+    """Memory that slows down with the rounds: decode that slows down with it is as near the limit as before."""
+    rates = iter([8e9, 4e9, 3e9, 1e9])  # before and after each of two rounds
+    monkeypatch.setattr("lfm_edge.harness.bench.read_bandwidth", lambda threads, cache_bytes: next(rates))
+    result = bench([tiny_bundle], Settings((8,), 4, threads=(1,), repeat=2))
+    point, rate = result.benchmarks[0].points[0], result.read_bandwidth[1]
+    assert (rate.low, rate.median, rate.high) == (1e9, 3.5e9, 8e9)
+    assert point.limit_tps == 4e9 / point.step_bytes  # between 6e9 and 2e9
+    assert (point.efficiency.low, point.efficiency.high) == pytest.approx(  # decode of 2 and 3 tokens a second
+        [2 * point.step_bytes / 6e9, 3 * point.step_bytes / 2e9])
 
 
 def test_over_the_budget_exits_with_1_and_advice(tiny_bundle, made_up, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
@@ -13,7 +14,7 @@ from exporters import executorch
 from lfm_edge import export
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.generation import generate
-from tests.helpers import ALL_AT_ONCE, TINY, assert_verified, save_checkpoint
+from tests.helpers import ALL_AT_ONCE, TINY, assert_verified, resident, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,20 @@ def awkward_bundle(tmp_path_factory):
 def internal_bundle(tmp_path_factory):
     return export(TINY, target="android-q4", output=tmp_path_factory.mktemp("internal") / "bundle", context=512,
                   prefill_chunk=64, state="internal")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells on Linux only what is mapped")
+@pytest.mark.parametrize("kept", ["awkward_bundle", "internal_bundle"])
+def test_no_page_of_the_embedding_stays_mapped_after_a_step(kept, request):
+    bundle = request.getfixturevalue(kept)
+    session = bundle.session()
+    assert session.table.ranges
+    first = session.prefill(list(range(5, 90)))
+    assert resident(bundle.artifact.resolve()) == 0
+    session.decode(7)
+    assert resident(bundle.artifact.resolve()) == 0
+    session.reset()
+    assert np.array_equal(session.prefill(list(range(5, 90))), first)  # from the file again
 
 
 def test_the_state_is_changed_where_it_lies_and_is_no_output(awkward_bundle):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -19,7 +20,7 @@ from lfm_edge.harness.verify import verify
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.quantization.tensor import QuantizedTensor
 from runtimes import onnxruntime as runtime
-from tests.helpers import ALL_AT_ONCE, TINY, lfm_edge, save_checkpoint
+from tests.helpers import ALL_AT_ONCE, TINY, lfm_edge, resident, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,18 @@ def test_the_first_load_keeps_a_packed_graph_and_later_loads_read_it(bundle, cac
     assert np.array_equal(bundle.session().prefill([1, 30, 40]), expected)
     assert (packed / "model.onnx").stat().st_mtime_ns == before
     assert [path.name for path in packed.parent.iterdir()] == [packed.name]  # nothing half-written
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells on Linux only what is mapped")
+def test_no_page_of_the_embedding_stays_mapped_after_a_step(bundle, cache):
+    session = bundle.session()
+    data = (runtime.packed_directory(bundle) / "model.onnx_data").resolve()
+    first = session.prefill([1, 30, 40])
+    length = sum(length for _, length in session.table.ranges)
+    mapped = resident(data)
+    assert length >= 272 * 128 and 0 < mapped <= data.stat().st_size - length
+    session.reset()
+    assert np.array_equal(session.prefill([1, 30, 40]), first)  # from the file again
 
 
 def test_a_packed_graph_computes_what_the_bundle_s_own_does_bit_for_bit(tmp_path, cache):

@@ -21,8 +21,9 @@ from lfm_edge.quantization.calibration import read_kv_scales
 from lfm_edge.quantization.ranges import Encoding
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.sample import LEAST_CALIBRATION_TOKENS, whole_chunks
+from lfm_edge.sample import LEAST_CALIBRATION_TOKENS, MOST_CALIBRATION_TOKENS, calibration_tokens, whole_chunks
 from lfm_edge.socs import SOCS
+from lfm_edge.tokenizer import TextTokenizer
 from runtimes import qnn as runtime
 from runtimes.reference import ReferenceSession
 from tests.helpers import ALL_AT_ONCE, TINY, example, lfm_edge, save_checkpoint
@@ -68,10 +69,11 @@ def graph(bundle, phase):
 
 def test_the_example_holds_a_chunk_and_steps_against_the_reference(bundle, capsys):
     example("simulate").main(bundle.directory, "sm8650", 2)
-    remark, chunk, *steps = capsys.readouterr().out.splitlines()
+    remark, chunk, *steps, agreement = capsys.readouterr().out.splitlines()
     assert remark.startswith("sm8650")
     assert chunk.split()[:5] == [str(CHUNK), "tokens", "to", "position", f"{CHUNK}:"] and len(steps) == 2
     assert all("cosine 0.99" in line for line in (chunk, *steps))
+    assert agreement.startswith("best token the same in ") and " of 3 steps" in agreement
 
 
 @pytest.mark.parametrize("soc", SOCS)
@@ -317,6 +319,18 @@ def test_a_calibration_text_of_the_users_changes_the_ranges_and_not_the_weights(
     ranges = [bundle.manifest.activation_ranges for bundle in bundles]
     assert ranges[0].keys() == ranges[1].keys() and ranges[0] != ranges[1]
     assert bundles[0].manifest.weights_sha256 == bundles[1].manifest.weights_sha256
+
+
+def test_more_prompts_than_there_is_room_for_are_chosen_evenly(tmp_path):
+    tokenizer, config = TextTokenizer(TINY), open_checkpoint(TINY).config
+    kinds = "abcdefgh"  # as in files of tasks, one kind after the other
+    prompts = [[{"role": "user", "content": kind * 50}] for kind in kinds for _ in range(60)]
+    tokens = calibration_tokens(tokenizer, config, prompts)
+    text = tokenizer.decode(tokens)
+    shares = [text.count(kind * 50) for kind in kinds]
+    assert len(tokens) == MOST_CALIBRATION_TOKENS and max(shares) - min(shares) <= 1 and min(shares) > 10
+    few = tokenizer.decode(calibration_tokens(tokenizer, config, prompts[::30]))
+    assert [few.count(kind * 50) for kind in kinds] == [2] * 8 and "harbour" in few
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 0.0), (0.0, 3.5), (-7.25, 2.0), (0.0, 0.0), (1.0, 2.0)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from lfm_edge.harness.roofline import read_bandwidth, step_bytes
 from lfm_edge.harness.round import Moment, OverTheLimit, Plan, Point, Round, run_round
 from lfm_edge.harness.stats import Ratio, Spread
 
-SCHEMA = "lfm-edge/bench/1"
+SCHEMA = "lfm-edge/bench/2"
 ALL_FILLS = (1024, 4096, 16384, 32768)  # what `all` stands for, with the whole context, as far as that holds them
 
 
@@ -156,8 +157,9 @@ class PointResult:
 
     prefill_tps, decode_tps: tokens per second; prefill_s: seconds of the prefill, which for a prompt is the time to
         the first token, warm
-    step_bytes: that a decode step must read; limit_tps: decode if the machine's read bandwidth were all used; None,
-        with `fits_cache`, for a peer whose artifact is not known so well
+    step_bytes: that a decode step must read; limit_tps: decode if the machine's read bandwidth were all used, as it
+        was beside the rounds; efficiency: the share of it that decode reached, round by round; None, with `fits_cache`,
+        for a peer whose artifact is not known so well
     projections: of phones; none where the model fits this machine's cache, whose speed is not that of memory
     """
 
@@ -168,17 +170,9 @@ class PointResult:
     decode_tps: Spread
     step_bytes: int | None
     limit_tps: float | None
+    efficiency: Spread | None
     fits_cache: bool | None
     projections: tuple[Projection, ...]
-
-    @property
-    def efficiency(self) -> float | None:
-        """Share of the machine's read bandwidth that decode uses."""
-        return self.decode_tps.median / self.limit_tps if self.limit_tps else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "efficiency": self.efficiency}
 
 
 @dataclass(frozen=True)
@@ -236,7 +230,6 @@ class Benchmark:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "within_budget": self.within_budget,
-                "points": [point.to_dict() for point in self.points],
                 "predicted": _with_total(self.predicted), "at_full_context": _with_total(self.at_full_context)}
 
 
@@ -277,7 +270,7 @@ class BenchResult:
 
     not_measured: those for other machines; over_limit: those that the hard limit ended
     limit_kind: what enforced the hard limit; empty for none
-    read_bandwidth: bytes per second, the best of the run, for each number of threads
+    read_bandwidth: bytes per second, measured before and after every round, for each number of threads
     """
 
     settings: Settings
@@ -286,7 +279,7 @@ class BenchResult:
     comparisons: tuple[Comparison, ...]
     not_measured: tuple[LeftOut, ...]
     over_limit: tuple[LeftOut, ...]
-    read_bandwidth: dict[int, float]
+    read_bandwidth: dict[int, Spread]
     limit_kind: str = ""
 
     @property
@@ -303,7 +296,7 @@ class BenchResult:
         """For JSON, by the schema of docs/benchmarks.md. command: that made it"""
         return {
             **provenance(SCHEMA, command), "passed": self.passed, "settings": asdict(self.settings),
-            "read_bandwidth": {str(threads): value for threads, value in self.read_bandwidth.items()},
+            "read_bandwidth": {str(threads): asdict(rate) for threads, rate in self.read_bandwidth.items()},
             "memory_limit": {"bytes": self.settings.memory_limit, "kind": self.limit_kind,
                              "counts": COUNTS[self.limit_kind]} if self.limit_kind else None,
             "benchmarks": [result.to_dict() for result in self.benchmarks],
@@ -338,7 +331,7 @@ def bench(bundles: Sequence[Bundle], settings: Settings | None = None, *,
     run.sustain()
     benchmarks = tuple(run.summary(series) for series in run.series)
     return BenchResult(settings, run.host, benchmarks, tuple(_compare(run.series)), tuple(left_out),
-                       tuple(run.over_limit), run.bandwidth, run.limit_kind)
+                       tuple(run.over_limit), run.read_bandwidth, run.limit_kind)
 
 
 def _race(entry: str, bundles: Sequence[Bundle]) -> tuple[Peer, Bundle | None]:
@@ -371,12 +364,16 @@ def _peers(races: Sequence[tuple[Peer, Bundle | None]], bundles: Sequence[Bundle
 
 @dataclass
 class _Series:
-    """Rounds of one bundle or peer with one number of threads, as they come."""
+    """Rounds of one bundle or peer with one number of threads, as they come.
+
+    bandwidth: bytes per second that the machine read beside each of them
+    """
 
     subject: Subject
     plan: Plan
     first_load_s: float = 0.0
     rounds: list[Round] = field(default_factory=list)
+    bandwidth: list[float] = field(default_factory=list)
     sustained_tps: tuple[float, ...] = ()
 
     @property
@@ -400,7 +397,7 @@ class _Run:
                        for threads in self.threads for subject in subjects
                        if subject.takes_threads or threads == self.threads[0]]
         self.over_limit: list[LeftOut] = []
-        self.bandwidth = dict.fromkeys(self.threads, 0.0)
+        self.bandwidth: dict[int, list[float]] = defaultdict(list)
         self.limit_kind = ""
         if settings.memory_limit is not None:
             with memory_limit(settings.memory_limit) as limit:
@@ -418,14 +415,23 @@ class _Run:
             series.first_load_s = first[subject.directory]
 
     def measure(self, number: int) -> None:
-        """One round of each series, in turn."""
-        for threads in self.threads if self.series else ():
-            self.progress(f"read bandwidth with {threads} threads")
-            measured = read_bandwidth(threads, self.host.cache_bytes)
-            self.bandwidth[threads] = max(self.bandwidth[threads], measured)
+        """One round of each series, in turn, between two looks at how fast the machine reads: that drifts as well."""
         for series in tuple(self.series):
             self.progress(f"{series.name}, round {number + 1} of {self.settings.repeat}")
+            before = self._read_bandwidth(series)
             self._round(series, series.plan, lambda made, series=series: series.rounds.append(made))
+            series.bandwidth.append((before + self._read_bandwidth(series)) / 2)
+
+    def _read_bandwidth(self, series: _Series) -> float:
+        threads = series.plan.threads or self.threads[0]
+        measured = read_bandwidth(threads, self.host.cache_bytes)
+        self.bandwidth[threads].append(measured)
+        return measured
+
+    @property
+    def read_bandwidth(self) -> dict[int, Spread]:
+        """All that was measured, for each number of threads."""
+        return {threads: Spread.of(rates) for threads, rates in self.bandwidth.items()}
 
     def sustain(self) -> None:
         """The sustained decode of each series, where one is asked for."""
@@ -452,7 +458,7 @@ class _Run:
             bundle=subject.name, target=subject.target, threads=series.plan.threads,
             first_load_s=series.first_load_s, load_s=Spread.of([made.load_s for made in rounds]),
             first_token_s=Spread.of([made.first_token_s for made in rounds]),
-            points=tuple(self._point(manifest, series.plan.threads, points) for points in series.points().values()),
+            points=tuple(self._point(manifest, series.bandwidth, points) for points in series.points().values()),
             moments=tuple(map(_moment, zip(*(made.moments for made in rounds), strict=True))),
             baseline_bytes=_median(made.baseline.resident for made in rounds), peak_bytes=peak,
             budget_bytes=self.settings.budget, artifact_bytes=subject.artifact_bytes, state_bytes=subject.state_bytes,
@@ -462,16 +468,19 @@ class _Run:
             remedies=tuple(remedies(manifest, filled, over)) if manifest and over > 0 else (), rounds=tuple(rounds),
             peer=subject.peer, baked=_baked([made.baked for made in rounds if made.baked]))
 
-    def _point(self, manifest: Manifest | None, threads: int | None, points: Sequence[Point]) -> PointResult:
-        first, decode = points[0], Spread.of([point.decode_tps for point in points])
+    def _point(self, manifest: Manifest | None, bandwidth: Sequence[float], points: Sequence[Point]) -> PointResult:
+        """bandwidth: beside each of the rounds that the points are of"""
+        first = points[0]
         needed = manifest and step_bytes(manifest, first.mean_fill)
-        limit = needed and self.bandwidth[threads or self.threads[0]] / needed
+        reached = needed and Spread.of([point.decode_tps * needed / rate
+                                        for point, rate in zip(points, bandwidth, strict=True)])
         fits = needed and needed <= self.host.cache_bytes
         return PointResult(
             kind=first.kind, tokens=first.tokens, prefill_tps=Spread.of([point.prefill_tps for point in points]),
-            prefill_s=Spread.of([point.prefill_s for point in points]), decode_tps=decode, step_bytes=needed,
-            limit_tps=limit, fits_cache=fits,
-            projections=project(needed, decode.median / limit) if needed and not fits else ())
+            prefill_s=Spread.of([point.prefill_s for point in points]),
+            decode_tps=Spread.of([point.decode_tps for point in points]), step_bytes=needed,
+            limit_tps=needed and statistics.median(bandwidth) / needed, efficiency=reached, fits_cache=fits,
+            projections=project(needed, reached.median) if needed and not fits else ())
 
 
 def _baked(times: Sequence[FirstTokenTimes]) -> BakedTimes | None:

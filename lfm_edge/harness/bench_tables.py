@@ -76,9 +76,8 @@ def _speed(result: BenchResult) -> Table:
         _add_point(table, result, (kind, tokens), "  of this machine's limit", _of_the_limit)
     if result.settings.sustained_s:
         _add(table, result, f"decode over {result.settings.sustained_s:g} s, first and last tenth", _sustained)
-    rates = ", ".join(f"{value / 1e9:.1f} GB/s with {threads_line(threads)}"
-                      for threads, value in result.read_bandwidth.items())
-    table.caption, table.caption_justify = f"read bandwidth of this machine: {rates}; {result.host.cpu}", "left"
+    table.caption = f"read bandwidth of this machine: {bandwidth_line(result)}; {result.host.cpu}"
+    table.caption_justify = "left"
     return table
 
 
@@ -188,12 +187,25 @@ def threads_line(count: int | None) -> str:
     return "threads its own choice" if count is None else f"{count} thread{'s' * (count > 1)}"
 
 
+def bandwidth_line(result: BenchResult) -> str:
+    """How fast the machine read beside the rounds, for each number of threads."""
+    return ", ".join(f"{rate.median / 1e9:.1f} GB/s ({rate.low / 1e9:.1f} to {rate.high / 1e9:.1f}) with "
+                     f"{threads_line(threads)}" for threads, rate in result.read_bandwidth.items())
+
+
+def efficiency_line(point: PointResult) -> str:
+    """What share of its limit decode reached, and how the limit comes about; of a point that has one."""
+    share = point.efficiency
+    return (f"{share.median:.0%} ({share.low:.0%} to {share.high:.0%}) of {point.limit_tps:,.0f} tok/s, "
+            f"{megabytes(point.step_bytes)} a token")
+
+
 def _of_the_limit(point: PointResult) -> str:
     if point.limit_tps is None:
         return ""
     if point.fits_cache:
         return "-: the model fits its cache"
-    return f"{point.efficiency:.0%} of {point.limit_tps:,.0f} tok/s ({megabytes(point.step_bytes)} a token)"
+    return efficiency_line(point)
 
 
 def _sustained(bench: Benchmark) -> str:

@@ -13,13 +13,15 @@ from lfm_edge.targets import Footprint, target_named
 
 _FLOAT_BYTES = 4
 _CONTEXT_STEP = 64  # a smaller context is suggested in multiples of it
+_AROUND_A_ROW = 65_536  # bytes of a mapped file that Linux maps around one that is read (fault_around_bytes)
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Bytes of memory above an empty process of the runtime, with `filled` positions of the context filled.
 
-    weights: as the runtime keeps them; embedding: the table, of which the file's pages come in as tokens ask for them
+    weights: as the runtime keeps them; embedding: the table, of which the file's pages come in as tokens ask for them,
+        or what one step of prefill brings in where sessions let go of it
     activations: of one full step of prefill, an estimate; runtime: its own code and heap
     """
 
@@ -56,7 +58,8 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
                  for name, shape in config.weight_shapes().items()
                  if name != EMBEDDING and (scheme := manifest.recipe.scheme(name, shape)))
     return Prediction(
-        filled=filled, weights=artifact_bytes - table + copies * table + packed, embedding=table,
+        filled=filled, weights=artifact_bytes - table + copies * table + packed,
+        embedding=min(table, manifest.prefill_chunk * _AROUND_A_ROW) if footprint.forgets_table else table,
         kv_cache=round(_cache_rows(manifest, filled) * _row_bytes(manifest.state)),
         conv_state=manifest.state.nbytes_of(conv=True), activations=_activations(manifest),
         runtime=footprint.runtime_bytes)

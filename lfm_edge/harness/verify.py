@@ -128,7 +128,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     checkpoint = bundle.source(model)
     manifest, thresholds = bundle.manifest, bundle.target.thresholds
     tasks = quality.read_tasks(bundle)
-    sequence = _tokens(bundle, tasks, tokens)
+    sequence = text_for(bundle, tasks, tokens)
     windows = [sequence] if text is None else _windows(bundle, Path(text))
     phases, skipped = _phases(bundle)
 
@@ -226,7 +226,7 @@ def _check_weights(bundle: Bundle, weights: Weights) -> WeightCheck:
     return WeightCheck(len(expected), [name for name, digest in expected if digest not in stored])
 
 
-def _tokens(bundle: Bundle, tasks: list[dict[str, Any]], length: int | None) -> list[int]:
+def text_for(bundle: Bundle, tasks: list[dict[str, Any]], length: int | None = None) -> list[int]:
     """A text longer than two chunks, as far as the context allows it: the bundle's own tasks, or the built-in one.
 
     A model far from what it was trained on is far more sensitive to rounding than in its use.

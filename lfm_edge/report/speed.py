@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, Comparison, PointResult
-from lfm_edge.harness.bench_tables import megabytes, threads_line
+from lfm_edge.harness.bench_tables import bandwidth_line, efficiency_line, threads_line
 from lfm_edge.harness.devices import Projection
 from lfm_edge.harness.round import PROMPT
 from lfm_edge.harness.stats import Spread
@@ -128,16 +128,13 @@ def of_the_limit(files: Files, names: Names) -> Section:
     blocks: list[Table | Figure] = []
     for file, result in files:
         points = [(entry, point) for entry in result.benchmarks for point in entry.points]
-        rates = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads_line(count)}"
-                          for count, rate in result.read_bandwidth.items())
-        rows = [Bar(f"{names.series(entry)}, {at(point)}", [point.efficiency],
-                    f"{point.efficiency:.0%} of {point.limit_tps:,.0f} tok/s, {megabytes(point.step_bytes)} a token",
+        rows = [Bar(f"{names.series(entry)}, {at(point)}", [point.efficiency.median], efficiency_line(point),
                     names.index(entry.bundle, entry.threads))
                 for entry, point in points if not point.fits_cache and point.limit_tps]
         if rows:
             blocks.append(Figure("Share of the limit", [charts.bars(
                 rows, title="Share of the read bandwidth", unit=0.01, x_title="% of what the memory allows",
-                at_least=1.0)], f"read bandwidth {rates}; {caption(file)}"))
+                at_least=1.0)], f"read bandwidth {bandwidth_line(result)}; {caption(file)}"))
         cached = dict.fromkeys(names.series(entry) for entry, point in points if point.fits_cache)
         if cached:
             blocks.append(Figure("No limit by memory", [],

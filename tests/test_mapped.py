@@ -1,0 +1,64 @@
+"""Letting go of mapped pages: of the right part of the right file, and nothing is lost."""
+
+import mmap
+import sys
+
+import numpy as np
+import pytest
+
+from lfm_edge import mapped
+from lfm_edge.mapped import MappedPages
+from tests.helpers import resident
+
+PAGES = 64
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells on Linux only what is mapped")
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Two files whose every page has been read through a mapping, each with its numbers."""
+    found = {}
+    for name in ("one", "other"):
+        (tmp_path / name).write_bytes(np.arange(PAGES * mmap.PAGESIZE // 8).tobytes())
+        found[tmp_path / name] = np.memmap(tmp_path / name, np.int64, mode="r")
+        found[tmp_path / name].sum()
+    return found
+
+
+def test_a_file_is_let_go_of_and_its_neighbour_is_not(held):
+    one, other = held
+    assert resident(one) == resident(other) == PAGES * mmap.PAGESIZE
+    pages = MappedPages.of(one)
+    assert sum(length for _, length in pages.ranges) == PAGES * mmap.PAGESIZE
+    pages.forget()
+    assert resident(one) == 0 and resident(other) == PAGES * mmap.PAGESIZE
+    assert held[one].sum() == held[other].sum()
+
+
+def test_paging_out_loses_nothing_that_was_changed(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(PAGES * mmap.PAGESIZE))
+    own = np.memmap(tmp_path / "file", np.uint8, mode="c")  # a copy of each page that is written
+    own[:mmap.PAGESIZE] = 7
+    MappedPages.of(tmp_path / "file").page_out()
+    assert own[:mmap.PAGESIZE].sum() == 7 * mmap.PAGESIZE and own[mmap.PAGESIZE:].sum() == 0
+
+
+def test_a_part_of_a_file_is_let_go_of_in_whole_pages(held):
+    one, _ = held
+    pages = MappedPages.of(one, (10 * mmap.PAGESIZE + 5, 20 * mmap.PAGESIZE))
+    pages.forget()
+    assert resident(one) == (PAGES - 21) * mmap.PAGESIZE
+    assert np.array_equal(held[one], np.arange(PAGES * mmap.PAGESIZE // 8))
+
+
+def test_all_files_of_a_directory_are_let_go_of(held, tmp_path):
+    MappedPages.of(tmp_path).forget()
+    assert [resident(path) for path in held] == [0, 0]
+
+
+def test_what_is_not_mapped_is_not_found(held, tmp_path, monkeypatch):
+    assert MappedPages.of(tmp_path / "missing") == MappedPages()
+    assert MappedPages.of(next(iter(held)), (PAGES * mmap.PAGESIZE, 100)) == MappedPages()
+    monkeypatch.setattr(mapped, "_MAPS", tmp_path / "missing")  # as where there is no /proc
+    assert MappedPages.of(next(iter(held))) == MappedPages()
+    MappedPages().forget()
