@@ -332,7 +332,8 @@ def _decades(low: float, high: float, start: float, end: float) -> Axis:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     last = max(last, first + 1)
     step = math.ceil((last - first) / 8)
-    ticks = [(10.0 ** power, f"1e{power}") for power in range(first, last + 1, step) if 10.0 ** power > 0]
+    ticks = [(10.0 ** power, f"{10.0 ** power:,g}" if -2 <= power <= 4 else f"1e{power}")
+             for power in range(first, last + 1, step) if 10.0 ** power > 0]
     return Axis(ticks[0][0], 10.0 ** min(last, 308), start, end, True, ticks)
 
 
