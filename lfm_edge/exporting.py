@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from lfm_edge.model.weights import Weights
 from lfm_edge.presets import DEFAULT_MODEL
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.calibration import (
-    CALIBRATION_TOKENS,
+    KV_WINDOW,
+    MOST_KV_TOKENS,
     MOST_TOKENS,
     WINDOW,
     calibrate_kv,
@@ -42,6 +44,7 @@ from lfm_edge.sample import (
     prompts_in,
     read_prompts,
     whole_chunks,
+    windows_of,
 )
 from lfm_edge.socs import DEFAULT_SOC, Soc, socs_named
 from lfm_edge.state import StateSpec
@@ -151,12 +154,13 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         digest = weights_digest(weights)
         texts: tuple[list[int], ...] = ()
         if chosen.calibrated or layout.needs_kv_scales:
-            tokens = calibration_tokens(TextTokenizer(directory), checkpoint.config,
-                                        given or default_prompts(directory))
+            measured_on = partial(calibration_tokens, TextTokenizer(directory), checkpoint.config,
+                                  given or default_prompts(directory))
             if layout.needs_kv_scales:
-                weights |= _kv_scales(checkpoint.config, layout, weights, bits, tokens, directory, progress)
+                weights |= _kv_scales(checkpoint.config, layout, weights, bits, measured_on(MOST_KV_TOKENS),
+                                      directory, progress)
             if chosen.calibrated:
-                texts = whole_chunks(tokens, prefill_chunk, context, checkpoint.config.bos_token_id)
+                texts = whole_chunks(measured_on(), prefill_chunk, context, checkpoint.config.bos_token_id)
         job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, texts, socs)
         artifact = chosen.exporter().export(job, directory, progress.stage)
         if socs:
@@ -252,8 +256,8 @@ def _kv_scales(config: ModelConfig, layout: StateSpec, weights: Weights, bits: R
                directory: Path, progress: Progress) -> dict[str, torch.Tensor]:
     """Scales of an 8-bit KV cache, measured on a text; the bundle keeps them."""
     progress.stage("calibrate the 8-bit KV cache", config.num_layers)
-    text = torch.tensor([tokens[:min(CALIBRATION_TOKENS, layout.context)]])
-    scales = calibrate_kv(config, weights, bits.activations, text, progress.advance)
+    windows = torch.tensor(windows_of(tokens, min(KV_WINDOW, layout.context)))
+    scales = calibrate_kv(config, weights, bits.activations, windows, progress.advance)
     write_kv_scales(scales, directory)
     return scales
 

@@ -129,23 +129,32 @@ def default_prompts(directory: Path) -> tuple[Conversation, ...]:
                  for task in read_tasks(directory)) or PROMPTS
 
 
-def calibration_tokens(tokenizer: TextTokenizer, config: ModelConfig, prompts: Sequence[Conversation]) -> list[int]:
+def calibration_tokens(tokenizer: TextTokenizer, config: ModelConfig, prompts: Sequence[Conversation],
+                       most: int = MOST_CALIBRATION_TOKENS) -> list[int]:
     """Prompts through the chat template, one after the other, and then the built-in text as far as there is room.
 
-    Of more prompts than there is room for, evenly chosen ones: files tend to have one kind of prompt after the other.
+    Of more than `most` tokens, evenly chosen prompts.
     Raises LfmEdgeError where the prompts are too few to measure anything on.
     """
-    texts = [[token for token in _tokens_of(tokenizer, prompt) if token < config.vocab_size] for prompt in prompts]
-    count = min(len(texts), math.ceil(len(texts) * MOST_CALIBRATION_TOKENS / max(1, sum(map(len, texts)))))
-    tokens = [token for index in range(count) for token in texts[index * len(texts) // count]]
+    tokens = _tokens_of(tokenizer, config.vocab_size, prompts, most)
     if len(tokens) < LEAST_CALIBRATION_TOKENS:
         raise LfmEdgeError(f"the prompts are {len(tokens)} tokens; calibration needs at least "
                            f"{LEAST_CALIBRATION_TOKENS}")
     text = [token for token in tokenizer.encode(TEXT) if token < config.vocab_size]
-    return (tokens + text)[:MOST_CALIBRATION_TOKENS]
+    return (tokens + text)[:most]
 
 
-def _tokens_of(tokenizer: TextTokenizer, prompt: Conversation) -> list[int]:
+def _tokens_of(tokenizer: TextTokenizer, vocab_size: int, prompts: Sequence[Conversation], most: int) -> list[int]:
+    """Prompts as the model meets them, through the chat template, one after the other, at most `most` tokens.
+
+    Of more, evenly chosen prompts: files tend to have one kind of prompt after the other.
+    """
+    texts = [[token for token in _as_the_model_meets(tokenizer, prompt) if token < vocab_size] for prompt in prompts]
+    count = min(len(texts), math.ceil(len(texts) * most / max(1, sum(map(len, texts)))))
+    return [token for index in range(count) for token in texts[index * len(texts) // count]][:most]
+
+
+def _as_the_model_meets(tokenizer: TextTokenizer, prompt: Conversation) -> list[int]:
     if tokenizer.template is None:
         return tokenizer.encode("\n".join(message["content"] for message in prompt))
     return tokenizer.chat(prompt)
@@ -164,18 +173,23 @@ def text_windows(tokenizer: TextTokenizer, vocab_size: int, text: str, length: i
 
     Raises LfmEdgeError where there are fewer than two.
     """
-    return _cut([token for token in tokenizer.encode(text) if token < vocab_size][:most], length)
+    return windows_of([token for token in tokenizer.encode(text) if token < vocab_size][:most], length)
 
 
 def prompt_windows(tokenizer: TextTokenizer, vocab_size: int, prompts: Sequence[Conversation], length: int,
                    most: int) -> list[list[int]]:
-    """Prompts as the model meets them, through the chat template, one after the other, cut as `text_windows` cuts."""
-    tokens = [token for prompt in prompts for token in _tokens_of(tokenizer, prompt)]
-    return _cut([token for token in tokens if token < vocab_size][:most], length)
+    """Prompts as the model meets them, through the chat template, evenly chosen of more than `most` tokens, in windows.
+
+    Raises LfmEdgeError where there are fewer than two.
+    """
+    return windows_of(_tokens_of(tokenizer, vocab_size, prompts, most), length)
 
 
-def _cut(tokens: list[int], length: int) -> list[list[int]]:
-    """Windows of one length; what is left over at the end is less than one token for each."""
+def windows_of(tokens: list[int], length: int) -> list[list[int]]:
+    """Windows of one length, at most `length`; what is left over at the end is less than one token for each.
+
+    Raises LfmEdgeError where there are fewer than two tokens.
+    """
     if len(tokens) < 2:
         raise LfmEdgeError("the text has fewer than 2 tokens of the model's vocabulary")
     count = -(-len(tokens) // length)

@@ -25,8 +25,8 @@ from lfm_edge.quantization.walk import Walk
 
 KV_SCALES_FILE = "kv_scales.safetensors"
 WINDOWS_FILE = "calibration.json"
-CALIBRATION_TOKENS = 512  # at most, for a KV cache
-WINDOW, MOST_TOKENS = 256, 4096  # of the prompts that weights are rounded by
+KV_WINDOW, MOST_KV_TOKENS = 512, 2048  # of the prompts that a KV cache is measured on
+WINDOW, MOST_TOKENS = 256, 4096  # of those that weights are rounded by
 _HEADROOM = 1.25  # how far other texts may go beyond this one before they are clipped
 
 
