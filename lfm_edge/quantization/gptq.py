@@ -34,17 +34,18 @@ _COLUMNS_AT_ONCE = 128  # whose feedback to all later columns is one matrix prod
 Schemes = Mapping[str, Scheme | None]
 
 
-def quantize_with_text(checkpoint: Checkpoint, schemes: Schemes, windows: Tensor,
-                       progress: Callable[[str], None]) -> dict[str, Weight]:
+def quantize_with_text(checkpoint: Checkpoint, schemes: Schemes, windows: Tensor, progress: Callable[[str], None],
+                       keep: Callable[[QuantizedTensor], QuantizedTensor]) -> dict[str, Weight]:
     """Every weight of the model by its scheme; the linear layers are rounded by what reaches them.
 
     windows: int64 [B, T], the text; progress: called with the name of each weight when it is done
+    keep: called with each weight when its layer is done: the same weight, where it is kept
     One decoder layer at a time is in floating point. Raises ExportError where activations are not finite.
     """
     weights: dict[str, Weight] = {}
     for name in (name for name in schemes if not name.startswith("model.layers.")):
         value = checkpoint.tensor(name)
-        weights[name] = value.float() if schemes[name] is None else quantize(value, schemes[name])
+        weights[name] = value.float() if schemes[name] is None else keep(quantize(value, schemes[name]))
         progress(name)
     walk = Walk(checkpoint.config, windows, torch.float64)
     x = walk.embed(weights)
@@ -53,7 +54,7 @@ def quantize_with_text(checkpoint: Checkpoint, schemes: Schemes, windows: Tensor
         lowering = _RoundingLowering(layer, schemes, progress)
         x, _ = walk.layer(index, layer, lowering)(x)
         weights |= {name: value.float() for name, value in layer.items() if schemes[name] is None}
-        weights |= lowering.rounded
+        weights |= {name: keep(weight) for name, weight in lowering.rounded.items()}
     return {name: weights[name] for name in schemes}
 
 

@@ -47,23 +47,22 @@ def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe, progress: Callab
     Raises CheckpointError for unreadable weights, ExportError where the recipe does not fit the shapes.
     """
     schemes = recipe.schemes(checkpoint.config.weight_shapes())  # refuse before the work
+
+    def keep(weight: QuantizedTensor) -> QuantizedTensor:
+        return weight.moved_to(file) if file else weight
+
     if recipe.rounding == GPTQ:
         from lfm_edge.quantization.gptq import quantize_with_text  # which builds on this module
 
         if windows is None:
             raise ExportError("a gptq recipe needs the text that it was calibrated with")
-        weights = quantize_with_text(checkpoint, schemes, windows, progress)
-        return {name: _kept(weight, file) for name, weight in weights.items()}
+        return quantize_with_text(checkpoint, schemes, windows, progress, keep)
     weights: dict[str, Tensor | QuantizedTensor] = {}
     for name, scheme in schemes.items():
         value = checkpoint.tensor(name)
-        weights[name] = value.float() if scheme is None else _kept(quantize(value, scheme), file)
+        weights[name] = value.float() if scheme is None else keep(quantize(value, scheme))
         progress(name)
     return weights
-
-
-def _kept(weight: Tensor | QuantizedTensor, file: BinaryIO | None) -> Tensor | QuantizedTensor:
-    return weight.moved_to(file) if file and isinstance(weight, QuantizedTensor) else weight
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
