@@ -328,7 +328,7 @@ def test_more_prompts_than_there_is_room_for_are_chosen_evenly(tmp_path):
     tokens = calibration_tokens(tokenizer, config, prompts)
     text = tokenizer.decode(tokens)
     shares = [text.count(kind * 50) for kind in kinds]
-    assert len(tokens) == MOST_CALIBRATION_TOKENS and max(shares) - min(shares) <= 1 and min(shares) > 10
+    assert len(tokens) == MOST_CALIBRATION_TOKENS and max(shares) - min(shares) <= 2 and min(shares) > 10
     few = tokenizer.decode(calibration_tokens(tokenizer, config, prompts[::30]))
     assert [few.count(kind * 50) for kind in kinds] == [2] * 8 and "harbour" in few
 
