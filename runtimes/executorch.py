@@ -60,7 +60,7 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
 class ExecutorchSession(Session):
     """The state is ours, and the program changes it where it lies; or it is the program's own.
 
-    table: what stays mapped of the program, its embedding, let go of after each step; a lookup maps what lies around
+    table: what stays mapped of the program, its embedding, let go of every few tokens; a lookup maps what lies around
         its row as well
     """
 
@@ -73,5 +73,5 @@ class ExecutorchSession(Session):
     def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         inputs = [torch.tensor([tokens]), torch.tensor([self.position]), *self.state]
         logits, = self.forward.call(inputs, clone_outputs=False)
-        self.table.forget()
+        self.table.forget_regularly(self.position, len(tokens))
         return logits[0, -count:].clone().numpy()

@@ -167,7 +167,7 @@ class OnnxSession(Session):
 
     A conv state cannot be read and written in one place: each has two buffers, which take turns.
 
-    table: the embedding's pages, let go of after each step; a lookup maps what lies around its row as well
+    table: the embedding's pages, let go of every few tokens; a lookup maps what lies around its row as well
     """
 
     table = MappedPages()
@@ -206,7 +206,7 @@ class OnnxSession(Session):
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, self.position + len(tokens)),
                            self._mask.ctypes.data)
         self.program.run_with_iobinding(binding)
-        self.table.forget()
+        self.table.forget_regularly(self.position, len(tokens))
         self.state, self._next = self._next, self.state
         self._bindings.reverse()
         return self._logits[0].copy() if count == 1 else binding.get_outputs()[-1].numpy()[0]

@@ -4,8 +4,8 @@
 
 Exports a bundle of each target whose backend is installed, verifies each, benches in turns those whose speed means
 something on this machine, and writes results, bundles and the report under `out/figures/`. The table in the README is
-replaced by the measured one. `make figures` runs this. NPU bundles are verified on the simulator, which takes minutes for
-the small model and would take hours for another: they are left out then.
+replaced by the measured one. `make figures` runs this. NPU bundles are verified on the simulator, which takes minutes
+for the small model and would take hours for another: they are left out then.
 """
 
 import re
