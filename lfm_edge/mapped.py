@@ -15,7 +15,7 @@ from pathlib import Path
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED, _MADV_PAGEOUT = 4, 21  # Linux's; `mmap` names the first only, and cannot advise on others' mappings
 
-_TOKENS_BETWEEN = 32
+WORTH_FORGETTING = 1 << 24  # bytes: letting go takes some 0.05 ms, which the steps of a small model would feel
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class MappedPages:
     """Ranges of this process's addresses, each (first, length), whole pages."""
 
     ranges: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def if_worth_forgetting(self) -> MappedPages:
+        """These, or none where they are few."""
+        return self if sum(length for _, length in self.ranges) >= WORTH_FORGETTING else MappedPages()
 
     @classmethod
     def of(cls, path: Path, part: tuple[int, int] | None = None) -> MappedPages:
@@ -50,14 +55,6 @@ class MappedPages:
     def forget(self) -> None:
         """Take them out of this process's memory. The system's cache keeps them; a page that was changed is lost."""
         self._advise(_MADV_DONTNEED)
-
-    def forget_regularly(self, position: int, tokens: int) -> None:
-        """`forget`, where a step of so many tokens from `position` on passes a multiple of 32.
-
-        All threads of a process pay for what is taken out of it: some 0.05 ms, which steps of a small model would feel.
-        """
-        if position % _TOKENS_BETWEEN + tokens >= _TOKENS_BETWEEN:
-            self.forget()
 
     def page_out(self) -> None:
         """Give clean pages back to the system, which reads the file again when one is used; keep changed ones."""

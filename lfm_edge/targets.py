@@ -61,7 +61,7 @@ class Footprint:
     tied_in_file, tied_in_memory: how often a table that is embedding and head is there
     packs_narrow_head: whether a table of 4 bits is there once more, packed for the head
     whole_cache: whether a session takes the memory of the whole context at once, not as it is filled
-    forgets_table: whether a session lets go of the embedding's pages every few tokens
+    forgets_table: whether a session lets go of the embedding's pages after each step, where they are many
     """
 
     runtime_bytes: int = 0

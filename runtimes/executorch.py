@@ -26,7 +26,8 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     manifest = bundle.manifest
     held = () if manifest.state_mode == "internal" else manifest.state.tensors
     session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
-    session.forward, session.scored, session.table = forward, manifest.scored, MappedPages.of(bundle.artifact)
+    session.forward, session.scored = forward, manifest.scored
+    session.table = MappedPages.of(bundle.artifact).if_worth_forgetting
     session.table.unlock()  # ExecuTorch's loader locks constants where the process may lock memory
     session.table.forget()
     return session
@@ -60,8 +61,8 @@ def stored_constants(bundle: Bundle) -> set[bytes]:
 class ExecutorchSession(Session):
     """The state is ours, and the program changes it where it lies; or it is the program's own.
 
-    table: what stays mapped of the program, its embedding, let go of every few tokens; a lookup maps what lies around
-        its row as well
+    table: what stays mapped of the program, its embedding, let go of after each step where it is large; a lookup maps
+        what lies around its row as well
     """
 
     forward: portable_lib.ExecuTorchMethod
@@ -73,5 +74,5 @@ class ExecutorchSession(Session):
     def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         inputs = [torch.tensor([tokens]), torch.tensor([self.position]), *self.state]
         logits, = self.forward.call(inputs, clone_outputs=False)
-        self.table.forget_regularly(self.position, len(tokens))
+        self.table.forget()
         return logits[0, -count:].clone().numpy()

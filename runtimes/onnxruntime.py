@@ -43,7 +43,7 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     program = load(graph, threads)
     MappedPages.of(graph.parent).page_out()  # packing reads every scale, and what is packed has a copy of them
     session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
-    session.scored, session.table = manifest.scored, _embedding_pages(graph)
+    session.scored, session.table = manifest.scored, _embedding_pages(graph).if_worth_forgetting
     return session
 
 
@@ -167,7 +167,8 @@ class OnnxSession(Session):
 
     A conv state cannot be read and written in one place: each has two buffers, which take turns.
 
-    table: the embedding's pages, let go of every few tokens; a lookup maps what lies around its row as well
+    table: the embedding's pages, let go of after each step where they are many; a lookup maps what lies around its
+        row as well
     """
 
     table = MappedPages()
@@ -206,7 +207,7 @@ class OnnxSession(Session):
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, self.position + len(tokens)),
                            self._mask.ctypes.data)
         self.program.run_with_iobinding(binding)
-        self.table.forget_regularly(self.position, len(tokens))
+        self.table.forget()
         self.state, self._next = self._next, self.state
         self._bindings.reverse()
         return self._logits[0].copy() if count == 1 else binding.get_outputs()[-1].numpy()[0]

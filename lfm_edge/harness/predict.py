@@ -13,7 +13,7 @@ from lfm_edge.targets import Footprint, target_named
 
 _FLOAT_BYTES = 4
 _CONTEXT_STEP = 64  # a smaller context is suggested in multiples of it
-_AROUND_A_ROW = 65_536  # bytes of a mapped file that Linux maps around one that is read (fault_around_bytes)
+_AROUND_A_ROW = 65_536  # bytes of a mapped file that Linux maps around one that is read, at least (fault_around_bytes)
 
 
 @dataclass(frozen=True)
