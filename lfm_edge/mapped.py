@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED, _MADV_PAGEOUT = 4, 21  # Linux's; `mmap` names the first only, and cannot advise on others' mappings
+_LOADING = threading.Lock()
 
 WORTH_FORGETTING = 1 << 24  # bytes: letting go takes some 0.05 ms, which the steps of a small model would feel
 
@@ -30,8 +34,11 @@ class MappedPages:
         return self if sum(length for _, length in self.ranges) >= WORTH_FORGETTING else MappedPages()
 
     @classmethod
-    def of(cls, path: Path, part: tuple[int, int] | None = None) -> MappedPages:
-        """What is mapped of a file, or of the files in a directory. part: of the file, (first byte, how many)"""
+    def of(cls, path: Path, part: tuple[int, int] | None = None, but: MappedPages | None = None) -> MappedPages:
+        """What is mapped of a file, or of the files in a directory.
+
+        part: of the file, (first byte, how many); but: what is left out, as it is another's
+        """
         if not _MAPS.is_file():
             return cls()
         path, found = path.resolve(), []
@@ -43,7 +50,7 @@ class MappedPages:
             if part is not None:
                 first = part[0] - int(skipped, 16)  # counted from the mapping's start
                 start, end = start + max(first, 0) // mmap.PAGESIZE * mmap.PAGESIZE, min(end, start + first + part[1])
-            if start < end:
+            if start < end and not (but and but._has_any_of(start, end)):
                 found.append((start, end - start))
         return cls(tuple(found))
 
@@ -60,9 +67,23 @@ class MappedPages:
         """Give clean pages back to the system, which reads the file again when one is used; keep changed ones."""
         self._advise(_MADV_PAGEOUT)
 
+    def _has_any_of(self, start: int, end: int) -> bool:
+        return any(first < end and start < first + length for first, length in self.ranges)
+
     def _advise(self, advice: int) -> None:
         for first, length in self.ranges:
             _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[MappedPages]:
+    """For a load of a file, or of the files in a directory: what was mapped of them before. One load at a time.
+
+    Only what a session has mapped itself may it let go of later: once another one is closed, its addresses are taken by
+    something else.
+    """
+    with _LOADING:
+        yield MappedPages.of(path)
 
 
 @cache

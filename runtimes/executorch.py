@@ -15,21 +15,22 @@ from numpy.typing import NDArray
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
-from lfm_edge.mapped import MappedPages
+from lfm_edge.mapped import MappedPages, loading
 from lfm_edge.progress import native_messages_hidden
 from lfm_edge.session import Logits, Session
 
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's program. threads: of the runtime's pool, which the process shares"""
-    forward = load_forward(bundle.artifact, threads)
+    with loading(bundle.artifact) as others:
+        forward = load_forward(bundle.artifact, threads)
+        table = MappedPages.of(bundle.artifact, but=others).if_worth_forgetting
+    table.unlock()  # ExecuTorch's loader locks constants where the process may lock memory
+    table.forget()
     manifest = bundle.manifest
     held = () if manifest.state_mode == "internal" else manifest.state.tensors
     session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
-    session.forward, session.scored = forward, manifest.scored
-    session.table = MappedPages.of(bundle.artifact).if_worth_forgetting
-    session.table.unlock()  # ExecuTorch's loader locks constants where the process may lock memory
-    session.table.forget()
+    session.forward, session.scored, session.table = forward, manifest.scored, table
     return session
 
 

@@ -25,7 +25,7 @@ from lfm_edge import ort
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
 from lfm_edge.files import cache_directory
-from lfm_edge.mapped import MappedPages
+from lfm_edge.mapped import MappedPages, loading
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec
 
@@ -40,10 +40,12 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's graph. threads: of this session; None for the cores of this machine"""
     manifest = bundle.manifest
     graph = packed_graph(bundle)
-    program = load(graph, threads)
-    MappedPages.of(graph.parent).page_out()  # packing reads every scale, and what is packed has a copy of them
+    with loading(graph.parent) as others:
+        program = load(graph, threads)
+        MappedPages.of(graph.parent).page_out()  # packing reads every scale, and what is packed has a copy of them
+        table = _embedding_pages(graph, others).if_worth_forgetting
     session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
-    session.scored, session.table = manifest.scored, _embedding_pages(graph).if_worth_forgetting
+    session.scored, session.table = manifest.scored, table
     return session
 
 
@@ -151,14 +153,15 @@ def _processor() -> tuple[str, ...]:
     return (platform.machine(), *sorted(set(lines)))
 
 
-def _embedding_pages(graph: Path) -> MappedPages:
-    """What is mapped of the graph's embedding table."""
+def _embedding_pages(graph: Path, others: MappedPages) -> MappedPages:
+    """What is mapped of the graph's embedding table, and not by others."""
     model = onnx.load(graph, load_external_data=False)
     tables = {node.input[0] for node in model.graph.node if node.op_type == "GatherBlockQuantized"}
     for tensor in model.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if tensor.name in tables and where:
-            return MappedPages.of(graph.parent / where["location"], (int(where["offset"]), int(where["length"])))
+            part = int(where["offset"]), int(where["length"])
+            return MappedPages.of(graph.parent / where["location"], part, others)
     return MappedPages()
 
 

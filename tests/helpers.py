@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
@@ -128,6 +129,9 @@ def example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells on Linux only what is mapped")
 
 
 def resident(path: Path) -> int:

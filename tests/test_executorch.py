@@ -14,7 +14,7 @@ from exporters import executorch
 from lfm_edge import export
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.generation import generate
-from tests.helpers import ALL_AT_ONCE, TINY, assert_verified, resident, save_checkpoint
+from tests.helpers import ALL_AT_ONCE, TINY, assert_verified, reads_proc, resident, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def internal_bundle(tmp_path_factory):
                   prefill_chunk=64, state="internal")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells on Linux only what is mapped")
+@reads_proc
 @pytest.mark.parametrize("kept", ["awkward_bundle", "internal_bundle"])
 def test_no_page_of_a_large_embedding_stays_mapped_after_a_step(kept, request, monkeypatch):
     bundle = request.getfixturevalue(kept)
@@ -44,6 +44,14 @@ def test_no_page_of_a_large_embedding_stays_mapped_after_a_step(kept, request, m
     assert resident(bundle.artifact.resolve()) == 0
     session.reset()
     assert np.array_equal(session.prefill(list(range(5, 69))), first)  # from the file again
+
+
+@reads_proc
+def test_a_session_never_touches_what_another_has_mapped(awkward_bundle, monkeypatch):
+    monkeypatch.setattr("lfm_edge.mapped.WORTH_FORGETTING", 1)
+    first, second = awkward_bundle.session(), awkward_bundle.session()
+    assert first.table.ranges and second.table.ranges
+    assert not set(first.table.ranges) & set(second.table.ranges)
 
 
 def test_the_state_is_changed_where_it_lies_and_is_no_output(awkward_bundle):

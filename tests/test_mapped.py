@@ -1,17 +1,16 @@
 """Letting go of mapped pages: of the right part of the right file, and nothing is lost."""
 
 import mmap
-import sys
 
 import numpy as np
 import pytest
 
 from lfm_edge import mapped
-from lfm_edge.mapped import MappedPages
-from tests.helpers import resident
+from lfm_edge.mapped import MappedPages, loading
+from tests.helpers import reads_proc, resident
 
 PAGES = 64
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells on Linux only what is mapped")
+pytestmark = reads_proc
 
 
 @pytest.fixture
@@ -54,6 +53,17 @@ def test_a_part_of_a_file_is_let_go_of_in_whole_pages(held):
 def test_all_files_of_a_directory_are_let_go_of(held, tmp_path):
     MappedPages.of(tmp_path).forget()
     assert [resident(path) for path in held] == [0, 0]
+
+
+def test_what_was_mapped_before_a_load_is_not_the_loads(held):
+    one, _ = held
+    with loading(one) as others:
+        again = np.memmap(one, np.int64, mode="r")
+        mine = MappedPages.of(one, but=others)
+        part = MappedPages.of(one, (0, mmap.PAGESIZE), others)
+    address = again.ctypes.data
+    assert mine == MappedPages(((address, PAGES * mmap.PAGESIZE),)) and part == MappedPages(((address, mmap.PAGESIZE),))
+    assert len(others.ranges) == 1 and others.ranges != mine.ranges
 
 
 def test_what_is_not_mapped_is_not_found(held, tmp_path, monkeypatch):

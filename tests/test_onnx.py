@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from collections import Counter
 
 import numpy as np
@@ -20,7 +19,7 @@ from lfm_edge.harness.verify import verify
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.quantization.tensor import QuantizedTensor
 from runtimes import onnxruntime as runtime
-from tests.helpers import ALL_AT_ONCE, TINY, lfm_edge, resident, save_checkpoint
+from tests.helpers import ALL_AT_ONCE, TINY, lfm_edge, reads_proc, resident, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +136,7 @@ def test_the_first_load_keeps_a_packed_graph_and_later_loads_read_it(bundle, cac
     assert [path.name for path in packed.parent.iterdir()] == [packed.name]  # nothing half-written
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells on Linux only what is mapped")
+@reads_proc
 def test_no_page_of_a_large_embedding_stays_mapped_after_a_step(bundle, cache, monkeypatch):
     assert not bundle.session().table.ranges  # a small one is left alone
     monkeypatch.setattr("lfm_edge.mapped.WORTH_FORGETTING", 1)
@@ -150,6 +149,14 @@ def test_no_page_of_a_large_embedding_stays_mapped_after_a_step(bundle, cache, m
     assert length >= 272 * 128 and 0 < mapped <= data.stat().st_size - length
     session.reset()
     assert np.array_equal(session.prefill(tokens), first)  # from the file again
+
+
+@reads_proc
+def test_a_session_never_touches_what_another_has_mapped(bundle, cache, monkeypatch):
+    monkeypatch.setattr("lfm_edge.mapped.WORTH_FORGETTING", 1)
+    first, second = bundle.session(), bundle.session()
+    assert first.table.ranges and second.table.ranges
+    assert not set(first.table.ranges) & set(second.table.ranges)
 
 
 def test_a_packed_graph_computes_what_the_bundle_s_own_does_bit_for_bit(tmp_path, cache):

@@ -55,6 +55,8 @@ def test_a_packed_head_and_packed_groups_count_where_the_runtime_makes_them():
 def test_a_runtime_that_keeps_what_it_has_read_has_the_whole_table():
     assert predict(manifest("gguf-q4"), 788 * MB, 0).embedding > 65536 * 2048
     assert predict(manifest(prefill_chunk=4096), 850 * MB, 0).embedding == 65536 * 2048 + 65536 * 4
+    small = manifest(config=replace(CONFIG, vocab_size=4096), prefill_chunk=1)  # 8 MB, which sessions do not let go of
+    assert predict(small, 850 * MB, 0).embedding == 4096 * 2048 + 4096 * 4
 
 
 def test_a_program_that_keeps_its_cache_takes_the_whole_context():

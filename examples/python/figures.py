@@ -38,7 +38,7 @@ def lfm_edge(*arguments):
 
 
 def measure(model, directory):
-    """The results of all targets that are installed, and whether all checks passed."""
+    """The results of all installed targets that can be run in minutes, and whether all checks passed."""
     names = [target.name for target in TARGETS.values()
              if target.to_install is None and (model == TINY or not target.compiled)]
     bundles = [directory / name for name in names]

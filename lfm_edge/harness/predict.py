@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, fields
 
 from lfm_edge.bundle import Manifest
+from lfm_edge.mapped import WORTH_FORGETTING
 from lfm_edge.quantization.recipe import EMBEDDING, HEAD, Scheme, recipe
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import Footprint, target_named
@@ -59,10 +60,15 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
                  if name != EMBEDDING and (scheme := manifest.recipe.scheme(name, shape)))
     return Prediction(
         filled=filled, weights=artifact_bytes - table + copies * table + packed,
-        embedding=min(table, manifest.prefill_chunk * _AROUND_A_ROW) if footprint.forgets_table else table,
+        embedding=_embedding(table, manifest.prefill_chunk, footprint),
         kv_cache=round(_cache_rows(manifest, filled) * _row_bytes(manifest.state)),
         conv_state=manifest.state.nbytes_of(conv=True), activations=_activations(manifest),
         runtime=footprint.runtime_bytes)
+
+
+def _embedding(table: int, chunk: int, footprint: Footprint) -> int:
+    forgotten = footprint.forgets_table and table >= WORTH_FORGETTING
+    return min(table, chunk * _AROUND_A_ROW) if forgotten else table
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme, footprint: Footprint) -> int:
