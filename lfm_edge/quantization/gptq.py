@@ -24,7 +24,7 @@ from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.errors import ExportError
 from lfm_edge.model.lowering import Lowering, Weight
 from lfm_edge.quantization.recipe import Scheme
-from lfm_edge.quantization.rounding import quantize
+from lfm_edge.quantization.rounding import quantize_weight
 from lfm_edge.quantization.tensor import QuantizedTensor
 from lfm_edge.quantization.walk import Walk
 
@@ -45,7 +45,8 @@ def quantize_with_text(checkpoint: Checkpoint, schemes: Schemes, windows: Tensor
     weights: dict[str, Weight] = {}
     for name in (name for name in schemes if not name.startswith("model.layers.")):
         value = checkpoint.tensor(name)
-        weights[name] = value.float() if schemes[name] is None else keep(quantize(value, schemes[name]))
+        weights[name] = (value.float() if schemes[name] is None
+                         else keep(quantize_weight(name, value, schemes[name])))
         progress(name)
     walk = Walk(checkpoint.config, windows, torch.float64)
     x = walk.embed(weights)
@@ -132,7 +133,7 @@ class _RoundingLowering(Lowering):
     def round(self, weight: Tensor, feedback: Feedback) -> Tensor:
         """float64, as the quantized weight has it."""
         name = self.names[id(weight)]
-        self.rounded[name] = gptq(weight, quantize(weight, self.schemes[name]), feedback)
+        self.rounded[name] = gptq(weight, quantize_weight(name, weight, self.schemes[name]), feedback)
         self.progress(name)
         return self.rounded[name].dequantize().double()
 

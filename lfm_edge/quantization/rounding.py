@@ -3,7 +3,7 @@
 Plain round-to-nearest takes `max|w| / 7` as a group's scale. A slightly different scale, which may clip
 the largest weight or lean on the extra negative code, has a smaller squared error (the idea behind
 llama.cpp's and HQQ's searches). We try a short grid, refine the best by least squares, and keep whatever
-has the smallest error on the bfloat16 grid of scales.
+has the smallest error on the grid of scales: the numbers that bfloat16 and float16 both hold, from 2^-24 up.
 
 A weight that *is* `ints * scale` on that grid comes out as it went in: its scale is always among the
 candidates. Fine-tunes trained for quantization depend on it.
@@ -33,7 +33,10 @@ _REFINEMENTS = 2
 _GRID_UNITS = (1.0, 0.92, 0.84, 0.76, 0.68)
 _ELEMENTS_AT_ONCE = 1 << 18  # few enough for the cache, many enough that calls cost nothing
 _SAMPLE_ROWS = 16
-_SMALLEST_SCALE = 2.0 ** -14  # normal in float16 and bfloat16, so every backend reads it exactly
+_SMALLEST_NORMAL = 2.0 ** -14  # of float16
+SMALLEST_SCALE = 2.0 ** -24  # of float16 at all. Up to 2^-16 every multiple of it fits bfloat16 too
+_COARSE = 8 * SMALLEST_SCALE  # below, a scale has less than four bits
+_MOST_LOST = 0.25  # of a weight's norm, to scales that are too coarse: 4 bits alone cost about 0.1
 
 
 def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe, progress: Callable[[str], None] = lambda name: None,
@@ -60,9 +63,24 @@ def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe, progress: Callab
     weights: dict[str, Tensor | QuantizedTensor] = {}
     for name, scheme in schemes.items():
         value = checkpoint.tensor(name)
-        weights[name] = value.float() if scheme is None else keep(quantize(value, scheme))
+        weights[name] = value.float() if scheme is None else keep(quantize_weight(name, value, scheme))
         progress(name)
     return weights
+
+
+def quantize_weight(name: str, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Quantize a matrix of a checkpoint. Raises ExportError where its numbers are too small for any scale.
+
+    A few rows of such numbers among larger ones are no reason: next to those they are nothing.
+    """
+    quantized = quantize(weight, scheme)
+    lost = _lost_to_coarse_scales(weight, quantized)
+    if lost > _MOST_LOST:
+        largest = float(weight.abs().max())
+        raise ExportError(f"{name}: its largest number is {largest:.1g}, and {lost:.0%} of it is lost, as no scale is "
+                          f"below {SMALLEST_SCALE:.1g}; is the checkpoint whole, or is a factor of this weight stored "
+                          "apart?")
+    return quantized
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
@@ -82,7 +100,7 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     def quantize_rows(start: int) -> None:
         chunk = weight[start:start + step]
         groups = chunk.reshape(-1, group)
-        best = _recover(groups, scheme.bits) if exact else _search(groups.float(), scheme.bits)
+        best = _quantize_groups(groups, scheme.bits, exact)
         if scheme.two_level:
             best = _in_multiples(groups.float(), *best, scheme.bits, rows=chunk.shape[0])
         ints[start:start + step] = best[0].view(chunk.shape)
@@ -96,7 +114,7 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     """Plain rounding with `max|w|` at the largest code: the baseline that the search is measured against."""
     rows, cols = weight.shape
     groups = weight.float().reshape(-1, scheme.group_size or cols)
-    scales = _on_grid(groups.abs().amax(1, keepdim=True) / (2 ** (scheme.bits - 1) - 1))
+    scales = _on_grid(groups.abs().amax(1, keepdim=True) / (2 ** (scheme.bits - 1) - 1), SMALLEST_SCALE)
     ints = _round(groups, scales, scheme.bits)
     return QuantizedTensor(ints.to(torch.int8).view(rows, cols), scales.view(rows, -1), scheme.bits)
 
@@ -122,9 +140,21 @@ def _side_by_side(work: Callable[[int], None], items: Sequence[int]) -> None:
         torch.set_num_threads(threads)
 
 
-def _on_grid(scales: Tensor) -> Tensor:
-    """The nearest positive bfloat16 values, in float32."""
-    return scales.clamp(min=_SMALLEST_SCALE).bfloat16().float()
+def _lost_to_coarse_scales(weight: Tensor, quantized: QuantizedTensor) -> float:
+    """The error of the groups with the smallest scales, relative to the whole weight."""
+    coarse = quantized.scales.reshape(-1) <= _COARSE
+    if not coarse.any():
+        return 0.0
+    groups = weight.reshape(-1, quantized.group_size)[coarse].double()
+    codes = quantized.ints.view(-1, quantized.group_size)[coarse]
+    error = (codes * quantized.scales.reshape(-1, 1)[coarse].double() - groups).norm()
+    return float(error / torch.linalg.vector_norm(weight, dtype=torch.float64))
+
+
+def _on_grid(scales: Tensor, smallest: float) -> Tensor:
+    """The nearest values that bfloat16 and float16 both hold, from `smallest` up, in float32."""
+    multiples = (scales / SMALLEST_SCALE).round() * SMALLEST_SCALE
+    return torch.where(scales < 2.0 ** -16, multiples, scales.bfloat16().float()).clamp(min=smallest)
 
 
 def _round(groups: Tensor, scales: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
@@ -133,10 +163,26 @@ def _round(groups: Tensor, scales: Tensor, bits: int, out: Tensor | None = None)
     return torch.div(groups, scales, out=out).round_().clamp_(-limit, limit - 1)
 
 
-def _search(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the smallest squared error. groups: float32 [n, group]"""
+def _quantize_groups(groups: Tensor, bits: int, exact: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of groups in any floating-point type. exact: they may be quantized already
+
+    Scales are normal numbers of float16, but for groups too small for them that lose something by it: hardly a weight
+    has any, and all others are rounded as they always were.
+    """
+    method = _recover if exact else _search
+    ints, scales = method(groups, bits, _SMALLEST_NORMAL)
+    low = (groups.abs().amax(1).float() < 2 ** (bits - 1) * _SMALLEST_NORMAL).nonzero()[:, 0]
+    low = low[((ints[low] * scales[low]).to(groups.dtype) != groups[low]).any(1)]
+    if len(low):
+        ints[low], scales[low] = method(groups[low], bits, SMALLEST_SCALE)
+    return ints, scales
+
+
+def _search(groups: Tensor, bits: int, smallest: float) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the smallest squared error. groups: [n, group]; smallest: of the scales"""
+    groups = groups.float()
     largest = groups.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
-    best_scales, best_errors = _on_grid(largest), torch.full_like(largest, torch.inf)
+    best_scales, best_errors = _on_grid(largest, smallest), torch.full_like(largest, torch.inf)
     codes, products = torch.empty_like(groups), torch.empty_like(groups)  # one buffer each, for all candidates
 
     def consider(scales: Tensor) -> None:
@@ -149,13 +195,13 @@ def _search(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         best_errors = torch.where(better, errors, best_errors)
 
     for fraction in _GRID_4 if bits == 4 else _GRID_8:
-        consider(_on_grid(largest * fraction))
+        consider(_on_grid(largest * fraction, smallest))
     for _ in range(_REFINEMENTS):
         # For fixed codes the best scale is the projection of the weights on them.
         _round(groups, best_scales, bits, out=codes)
         energy = torch.linalg.vector_norm(codes, dim=1, keepdim=True).square_()
         projection = torch.mul(groups, codes, out=products).sum(1, keepdim=True) / energy.clamp_(min=1.0)
-        consider(_on_grid(torch.where(projection > 0, projection, best_scales)))
+        consider(_on_grid(torch.where(projection > 0, projection, best_scales), smallest))
     return _round(groups, best_scales, bits, out=codes).to(torch.int8), best_scales
 
 
@@ -167,9 +213,10 @@ def _in_multiples(groups: Tensor, ints: Tensor, scales: Tensor, bits: int, rows:
     free = scales.view(rows, -1)
     kept = are_multiples(free)  # quantized so already
     largest = free.amax(1, keepdim=True) / LARGEST_MULTIPLE
+    smallest = free.amin(1, keepdim=True).clamp(max=_SMALLEST_NORMAL)  # no unit need be below the smallest scale
     best_scales, best_errors = free.clone(), torch.full_like(largest, torch.inf)
     for fraction in _GRID_UNITS:
-        unit = _short(largest * fraction)  # [rows, 1]
+        unit = _short((largest * fraction).maximum(smallest))  # [rows, 1]
         chosen, errors = _nearest_multiples(groups, free, unit, bits)
         better = errors < best_errors
         best_scales = torch.where(better, chosen, best_scales)
@@ -193,35 +240,35 @@ def _nearest_multiples(groups: Tensor, scales: Tensor, unit: Tensor, bits: int) 
 
 
 def _short(units: Tensor) -> Tensor:
-    """The nearest positive values of four significant bits: times a multiple they are on the bfloat16 grid."""
-    mantissa, exponent = torch.frexp(units.clamp(min=_SMALLEST_SCALE))
-    return torch.ldexp((mantissa * 16).round(), exponent - 4)
+    """The nearest values of four significant bits: times a multiple they are on the grid of scales."""
+    steps = torch.ldexp(torch.ones_like(units), torch.frexp(units).exponent - 4).clamp(min=SMALLEST_SCALE)
+    return (units / steps).round() * steps
 
 
-def _candidates(groups: Tensor, bits: int) -> Iterator[Tensor]:
+def _candidates(groups: Tensor, bits: int, smallest: float) -> Iterator[Tensor]:
     """Every scale that `groups`, were they quantized already, could have been quantized with.
 
     The largest |w| is `k * scale` for one of the codes k. Where the weights were rounded on being stored,
-    max|w| / k may be a neighbour of the scale on the bfloat16 grid.
+    max|w| / k may be a neighbour of the scale on the grid.
     """
     largest = groups.float().abs().amax(1, keepdim=True)
     for code in range(2 ** (bits - 1), 0, -1):
-        scales = _on_grid(largest / code)
+        scales = _on_grid(largest / code, smallest)
         yield scales
         if groups.dtype != torch.float32:
             bits_of = scales.bfloat16().view(torch.int16)
-            yield (bits_of + 1).view(torch.bfloat16).float()
-            yield (bits_of - 1).view(torch.bfloat16).float().clamp(min=_SMALLEST_SCALE)
+            yield _on_grid((bits_of + 1).view(torch.bfloat16).float(), smallest)
+            yield _on_grid((bits_of - 1).view(torch.bfloat16).float(), smallest)
 
 
-def _recover(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _recover(groups: Tensor, bits: int, smallest: float) -> tuple[Tensor, Tensor]:
     """Codes and scales of groups that are quantized already: those that give back the stored values.
 
     A group that is not falls back on the search.
     """
-    ints, scales = _search(groups.float(), bits)
+    ints, scales = _search(groups, bits, smallest)
     found = torch.zeros(groups.shape[0], 1, dtype=torch.bool)
-    for candidate in _candidates(groups, bits):
+    for candidate in _candidates(groups, bits, smallest):
         codes = _round(groups.float(), candidate, bits)
         same = ((codes * candidate).to(groups.dtype) == groups).all(1, keepdim=True) & ~found
         ints = torch.where(same, codes.to(torch.int8), ints)
@@ -236,5 +283,5 @@ def _is_quantized(weight: Tensor, group: int, bits: int) -> bool:
     """Whether the weight looks quantized in this scheme already, judged by some of its rows."""
     rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLE_ROWS, weight.shape[0])).long()
     groups = weight[rows].reshape(-1, group)
-    ints, scales = _recover(groups, bits)
+    ints, scales = _quantize_groups(groups, bits, exact=True)
     return bool(((ints.float() * scales).to(weight.dtype) == groups).all())
