@@ -117,7 +117,7 @@ class Manifest:
                 target=text(raw["target"]), artifact=_inside(raw["artifact"], path),
                 compute_dtype=text(raw["compute_dtype"]), state_mode=text(raw["state_mode"]),
                 prefill_chunk=_positive(raw["prefill_chunk"]), scored=_positive(raw.get("scored", 1)),
-                config=ModelConfig.from_dict(raw["config"]), recipe=Recipe.from_dict(raw["recipe"]),
+                config=ModelConfig.from_dict(raw["config"], f"{path}: config"), recipe=Recipe.from_dict(raw["recipe"]),
                 state=StateSpec.from_dict(raw["state"]),
                 lowering=raw["lowering"], source=text(raw["source"]), source_sha256=text(raw["source_sha256"]),
                 licence=text(raw["licence"]), weights_sha256=text(raw["weights_sha256"]), versions=raw["versions"],

@@ -13,6 +13,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from lfm_edge.presets import PRESETS
 from lfm_edge.tokenizer import TOKENIZER_FILES, default_template, write_chatml_tokenizer
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS_AT_ONCE = 4096
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TASKS_FILE = "tasks.json"
 
@@ -64,31 +69,38 @@ class Checkpoint(ABC):
 
 
 class DirectoryCheckpoint(Checkpoint):
-    """A Hugging Face directory: config.json and one or several safetensors files.
+    """A Hugging Face directory: config.json and one or several safetensors files, taken as transformers takes them.
 
     The headers are checked when it is opened: every tensor of the model is there, with the shape that
     config.json implies, in a known dtype. Raises CheckpointError or ConfigError otherwise.
+    A head that is stored and is not the embedding makes an untied model, whatever config.json says.
     """
 
     def __init__(self, directory: Path, source: str | None = None) -> None:
         self.directory = directory
         self.source = source or str(directory)
-        self.config = ModelConfig.from_dict(read_json_object(directory / "config.json", CheckpointError))
+        _refuse_adapters(directory)
+        path = directory / "config.json"
+        if not path.is_file() and any(directory.glob("*.gguf")):
+            raise CheckpointError(f"{path}: no such file{_GGUF_HINT}")
+        self.config = ModelConfig.from_dict(read_json_object(path, CheckpointError), str(path))
         self.licence = _licence(directory)
-        self._files = self._locate()
+        self._stored = self._locate()
         self._check_headers()
+        if self.config.tie_embedding and self._has_its_own_head():
+            self.config = replace(self.config, tie_embedding=False)
 
     def tensor(self, name: str) -> torch.Tensor:
-        path = self._files[name]
+        path, stored = self._stored[name]
         with _opened(path) as file:
-            value = file.get_tensor(name)
+            value = file.get_tensor(stored)
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values")
         return value
 
     def digest(self) -> str:
         hasher = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for path in sorted(set(self._files.values())):
+        for path in self._paths():
             with path.open("rb") as file:
                 hasher.update(hashlib.file_digest(file, "sha256").digest())
         return hasher.hexdigest()
@@ -101,36 +113,84 @@ class DirectoryCheckpoint(Checkpoint):
                 shutil.copyfile(self.directory / name, directory / name)
         _embed_chat_template(directory)
 
-    def _locate(self) -> dict[str, Path]:
-        """Which file holds each tensor."""
-        index = self.directory / "model.safetensors.index.json"
-        if not index.is_file():
-            return dict.fromkeys(_names_in(self.directory / "model.safetensors"), self.directory / "model.safetensors")
+    def _paths(self) -> list[Path]:
+        return sorted({path for path, _ in self._stored.values()})
+
+    def _locate(self) -> dict[str, tuple[Path, str]]:
+        """Which file holds each tensor, and under which name."""
+        if (self.directory / SINGLE_FILE).is_file() or not (self.directory / INDEX).is_file():
+            files = dict.fromkeys(self._names_in_single_file(), self.directory / SINGLE_FILE)
+        else:
+            files = self._files_by_index()
+        expected = self.config.weight_shapes()
+        # transformers takes the names of the model without its head as well.
+        located = {f"model.{name}" if f"model.{name}" in expected else name: (path, name)
+                   for name, path in files.items()}
+        if self.config.tie_embedding and _EMBEDDING not in located and _HEAD in located:
+            located[_EMBEDDING] = located.pop(_HEAD)
+        return located
+
+    def _names_in_single_file(self) -> list[str]:
+        path = self.directory / SINGLE_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file" + _other_formats(self.directory))
+        return _names_in(path)
+
+    def _files_by_index(self) -> dict[str, Path]:
+        index = self.directory / INDEX
         weight_map = read_json_object(index, CheckpointError).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map is missing")
-        files: dict[str, Path] = {}
-        for shard in sorted(set(map(str, weight_map.values()))):
+        shard_of = {name: str(shard) for name, shard in weight_map.items()}
+        found: dict[str, list[str]] = {}
+        for shard in sorted(set(shard_of.values())):
             if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: '{shard}' is not a safetensors file of this directory")
-            files |= dict.fromkeys(_names_in(self.directory / shard), self.directory / shard)
+                raise CheckpointError(f"{index}: {shard!r} is not a safetensors file of this directory")
+            found[shard] = _names_in(self.directory / shard)
+        files = {name: self.directory / shard for shard, names in found.items() for name in names}
+        for name, shard in shard_of.items():
+            if name not in found[shard]:
+                raise CheckpointError(f"{self.directory / shard}: {_printable(name)} is missing, "
+                                      f"which {INDEX} has there")
+            files[name] = self.directory / shard
         return files
 
     def _check_headers(self) -> None:
         expected = self.config.weight_shapes()
-        missing = [name for name in expected if name not in self._files]
+        # A tied head may be stored as well.
+        shapes = {_HEAD: expected[_EMBEDDING], **expected}
+        missing = [name for name in expected if name not in self._stored]
+        unknown = [name for name in self._stored if name not in shapes]
+        if hint := _kind_of_names(unknown):
+            raise CheckpointError(f"{self.directory}: {hint}")
         if missing:
-            raise CheckpointError(f"{self.directory}: {missing[0]} is missing" + _and_others(missing))
-        # A tied head may be stored as well; it is the embedding.
-        unknown = [name for name in self._files if name not in expected and name != "lm_head.weight"]
+            raise CheckpointError(f"{self.directory}: {missing[0]} is missing" + _and_others(missing)
+                                  + ("; config.json says that the head is not the embedding (tie_word_embeddings)"
+                                     if missing == [_HEAD] else ""))
         if unknown:
-            raise CheckpointError(f"{self.directory}: {unknown[0]} is not a tensor of this model" + _and_others(unknown)
-                                  + "; does config.json belong to these weights?")
-        for path in sorted(set(self._files.values())):
+            raise CheckpointError(f"{self.directory}: {_printable(unknown[0])} is not a tensor of this model"
+                                  + _and_others(unknown) + "; does config.json belong to these weights?")
+        for path in self._paths():
             with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                    if name in expected:
-                        _check_header(file.get_slice(name), name, expected[name], path)
+                for name, (place, stored) in self._stored.items():
+                    if place == path:
+                        _check_header(file.get_slice(stored), name, shapes[name], path)
+
+    def _has_its_own_head(self) -> bool:
+        """Whether a head is stored that differs from the embedding, in the less exact of their two dtypes."""
+        if _HEAD not in self._stored:
+            return False
+        (path, embedding), (head_path, head) = self._stored[_EMBEDDING], self._stored[_HEAD]
+        with _opened(path) as file, _opened(head_path) as head_file:
+            pieces = [file.get_slice(embedding), head_file.get_slice(head)]
+            dtypes = {_DTYPES[piece.get_dtype()] for piece in pieces}
+            # Which neither loses by, unless one is float32: transformers then reads both in one type too.
+            dtype = min(dtypes, key=lambda one: one.itemsize) if torch.float32 in dtypes else torch.float32
+            for start in range(0, self.config.vocab_size, _ROWS_AT_ONCE):
+                ours, theirs = (piece[start:start + _ROWS_AT_ONCE].to(dtype) for piece in pieces)
+                if not torch.equal(ours, theirs):
+                    return True
+        return False
 
 
 class RandomCheckpoint(Checkpoint):
@@ -179,7 +239,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     if path.is_dir():
         return DirectoryCheckpoint(path, text)
     if path.exists():
-        raise CheckpointError(f"{text}: a checkpoint is a directory with config.json and safetensors files")
+        raise CheckpointError(f"{text}: a checkpoint is a directory with config.json and safetensors files"
+                              + _GGUF_HINT * (path.suffix == ".gguf"))
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{text}: no such directory, and not a hub id (owner/name) or random:PRESET")
     return DirectoryCheckpoint(_download(text), text)
@@ -219,10 +280,71 @@ def _names_in(path: Path) -> list[str]:
 
 def _check_header(entry: Any, name: str, shape: tuple[int, ...], path: Path) -> None:
     if entry.get_dtype() not in _DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {entry.get_dtype()}; expected one of {', '.join(_DTYPES)}")
+        raise CheckpointError(f"{path}: {name} has dtype {entry.get_dtype()}; expected one of {', '.join(_DTYPES)}"
+                              + f": {_QUANTIZED_HINT}" * (entry.get_dtype() not in ("F64", "BOOL")))
     if tuple(entry.get_shape()) != shape:
         raise CheckpointError(f"{path}: {name}: expected shape {shape}, found {tuple(entry.get_shape())}: "
                               "config.json and the weights disagree")
+
+
+def _printable(name: str) -> str:
+    """A name of somebody else's file, on one line."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _refuse_adapters(directory: Path) -> None:
+    """Raises CheckpointError where there is an adapter, which changes a model that may or may not be there too."""
+    path = directory / "adapter_config.json"
+    if not path.is_file() and not (directory / "adapter_model.safetensors").is_file():
+        return
+    base = read_json_object(path, CheckpointError).get("base_model_name_or_path") if path.is_file() else None
+    of = f" of {base!r}" if isinstance(base, str) and base else ""
+    if (directory / SINGLE_FILE).is_file() or (directory / INDEX).is_file():
+        raise CheckpointError(f"{directory}: holds a model and an adapter{of}; if the adapter is merged into the model "
+                              "already, remove the adapter's files, otherwise merge it first (README, Checkpoints)")
+    raise CheckpointError(f"{directory}: holds an adapter{of} and no model; merge the two with peft's merge_and_unload "
+                          "and give the result (README, Checkpoints)")
+
+
+_GGUF_HINT = "; a GGUF file is made from one: give the directory that this file was converted from"
+
+
+def _other_formats(directory: Path) -> str:
+    """What there is in place of model.safetensors, and what to do about it."""
+    names = sorted(path.name for path in directory.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return f"; there is {shards[0]}" + _and_others(shards) + f", but no {INDEX} that says which tensors are where"
+    if pickled:
+        return (f"; {pickled[0]} is pickled, and never read, as it may run code: load it with transformers where you "
+                "trust it, and save it again with save_pretrained")
+    return _GGUF_HINT if any(name.endswith(".gguf") for name in names) else ""
+
+
+_QUANTIZED_NAMES = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_scale",
+                    ".weight_scale_inv", ".weight_packed", ".weight_shape")
+_QUANTIZED_HINT = "its weights are quantized already; give the bfloat16, float16 or float32 model they were made from"
+_PREFIXES = {
+    "base_model.model.": "as peft names them: call merge_and_unload before save_pretrained",
+    "model.language_model.": "the text part of a model for images: save its language model alone",
+    "language_model.": "the text part of a model for images: save its language model alone",
+    "_orig_mod.": "as torch.compile names them: save the model that was compiled (model._orig_mod)",
+    "module.": "as a parallel wrapper names them: save the model inside (model.module)",
+}
+
+
+def _kind_of_names(names: list[str]) -> str:
+    """What these tensors are that are not the model's, and what to do, where it is known."""
+    if any(".lora_" in name or ".base_layer." in name for name in names):
+        return "holds an adapter that is not merged; merge it with peft's merge_and_unload (README, Checkpoints)"
+    if any(name.endswith(_QUANTIZED_NAMES) for name in names):
+        return _QUANTIZED_HINT
+    for prefix, meaning in _PREFIXES.items():
+        if any(name.startswith(prefix) for name in names):
+            return (f"the names of its tensors begin with '{prefix}' ({meaning}), and should with 'model.'; or rename "
+                    "them (README, Checkpoints)")
+    return ""
 
 
 def _and_others(names: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lfm_edge.config_keys import check_keys, check_kind, check_rope_keys
 from lfm_edge.errors import ConfigError
 
 CONV = "conv"
@@ -49,21 +50,21 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "conv_taps", "max_position_embeddings"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"config.json: {name} is {getattr(self, name)}; it must be at least 1")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"config.json: {name} is {getattr(self, name)}; it must be above 0")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not self.layer_types:
-            raise ConfigError("config.json: layer_types is empty; a model needs at least one layer")
+            raise ConfigError("layer_types is empty; a model needs at least one layer")
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
-                raise ConfigError(f"config.json: layer_types[{index}] is {kind!r}; "
+                raise ConfigError(f"layer_types[{index}] is {kind!r}; "
                                   f"known layer types are {', '.join(LAYER_TYPES)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(f"config.json: num_attention_heads={self.num_attention_heads} is not a multiple of "
+            raise ConfigError(f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                               f"num_key_value_heads={self.num_key_value_heads}")
         if self.head_dim % 2:
-            raise ConfigError(f"config.json: head_dim={self.head_dim} is odd; rotary embedding needs an even one")
+            raise ConfigError(f"head_dim={self.head_dim} is odd; rotary embedding needs an even one")
 
     @property
     def num_layers(self) -> int:
@@ -118,23 +119,33 @@ class ModelConfig:
         return sum(_product(shape) for shape in self.weight_shapes().values())
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
         """Read config.json in any published spelling.
 
-        Raises ConfigError for another model type, an unknown layer type, a missing or contradictory value.
+        source: where it was found, for messages
+        Raises ConfigError for another model type, an unknown layer type, a missing or contradictory value, and a key
+        that is not understood: it may change what the model computes.
         """
+        try:
+            return cls._from_dict(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         if not isinstance(raw, dict):
-            raise ConfigError("config.json: expected an object at the top level")
+            raise ConfigError("expected an object at the top level")
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
-            raise ConfigError(f"config.json: model_type is {model_type!r}; "
-                              f"known model types are {', '.join(MODEL_TYPES)}")
+            raise ConfigError(f"model_type is {model_type!r}; known model types are {', '.join(MODEL_TYPES)}")
+        check_kind(raw)
+        check_keys(raw)
         hidden = _integer(raw, "hidden_size", "block_dim", "conv_dim")
         heads = _integer(raw, "num_attention_heads", "num_heads")
         if heads < 1:
-            raise ConfigError(f"config.json: num_attention_heads is {heads}; it must be at least 1")
+            raise ConfigError(f"num_attention_heads is {heads}; it must be at least 1")
         if raw.get("head_dim") is None and hidden % heads:
-            raise ConfigError(f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+            raise ConfigError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
         return cls(
             vocab_size=_integer(raw, "vocab_size"),
             hidden_size=hidden,
@@ -205,35 +216,35 @@ def _first(raw: dict[str, Any], *names: str, default: Any = _UNSET) -> Any:
         if raw.get(name) is not None:
             return raw[name]
     if default is _UNSET:
-        raise ConfigError(f"config.json: {' or '.join(names)} is missing")
+        raise ConfigError(f"{' or '.join(names)} is missing")
     return default
 
 
 def _integer(raw: dict[str, Any], *names: str, default: Any = _UNSET) -> int:
     value = _first(raw, *names, default=default)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"config.json: {names[0]} is {value!r}; expected an integer")
+        raise ConfigError(f"{names[0]} is {value!r}; expected an integer")
     return value
 
 
 def _number(raw: dict[str, Any], *names: str, default: float) -> float:
     value = _first(raw, *names, default=default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"config.json: {names[0]} is {value!r}; expected a number")
+        raise ConfigError(f"{names[0]} is {value!r}; expected a number")
     return float(value)
 
 
 def _boolean(raw: dict[str, Any], *names: str, default: bool) -> bool:
     value = _first(raw, *names, default=default)
     if not isinstance(value, bool):
-        raise ConfigError(f"config.json: {names[0]} is {value!r}; expected true or false")
+        raise ConfigError(f"{names[0]} is {value!r}; expected true or false")
     return value
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ConfigError(f"config.json: eos_token_id is {value!r}; expected an integer or a list of integers")
+        raise ConfigError(f"eos_token_id is {value!r}; expected an integer or a list of integers")
     return tuple(ids)
 
 
@@ -249,7 +260,7 @@ def _ffn_width(raw: dict[str, Any]) -> int:
     multiplier = _number(raw, "block_ffn_dim_multiplier", default=1.0)
     multiple = _integer(raw, "block_multiple_of", default=256)
     if multiple < 1:
-        raise ConfigError(f"config.json: block_multiple_of is {multiple}; it must be at least 1")
+        raise ConfigError(f"block_multiple_of is {multiple}; it must be at least 1")
     return -(-int(multiplier * width) // multiple) * multiple
 
 
@@ -258,14 +269,14 @@ def _layer_types(raw: dict[str, Any]) -> tuple[str, ...]:
     if raw.get("layer_types") is not None:
         types = raw["layer_types"]
         if not isinstance(types, list):
-            raise ConfigError("config.json: layer_types must be a list")
+            raise ConfigError("layer_types must be a list")
         if count is not None and count != len(types):
-            raise ConfigError(f"config.json: layer_types has {len(types)} entries, num_hidden_layers says {count}")
+            raise ConfigError(f"layer_types has {len(types)} entries, num_hidden_layers says {count}")
         return tuple(str(kind) for kind in types)
     layers = _integer(raw, "num_hidden_layers")
     indices = _first(raw, "full_attn_idxs", default=list(range(layers)))
     if not isinstance(indices, list) or any(not isinstance(i, int) or not 0 <= i < layers for i in indices):
-        raise ConfigError(f"config.json: full_attn_idxs is {indices!r}; expected layer indices below {layers}")
+        raise ConfigError(f"full_attn_idxs is {indices!r}; expected layer indices below {layers}")
     return tuple(ATTENTION if index in indices else CONV for index in range(layers))
 
 
@@ -274,10 +285,11 @@ def _rope_theta(raw: dict[str, Any]) -> float:
     for name in ("rope_parameters", "rope_scaling"):
         parameters = raw.get(name) or {}
         if not isinstance(parameters, dict):
-            raise ConfigError(f"config.json: {name} is {parameters!r}; expected an object")
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
+            raise ConfigError(f"{name} is {parameters!r}; expected an object")
+        kind = _first(parameters, "rope_type", "type", default="default")
         if kind != "default":
-            raise ConfigError(f"config.json: {name}: rope_type is {kind!r}; only 'default' rotary embedding is known")
+            raise ConfigError(f"{name}: rope_type is {kind!r}; only 'default' rotary embedding is known")
+        check_rope_keys(parameters, name)
         if parameters.get("rope_theta") is not None:
             merged["rope_theta"] = parameters["rope_theta"]
     return _number(merged, "rope_theta", "theta", default=1_000_000.0)
