@@ -29,7 +29,8 @@ def weights(largest, seed=0, rows=24, cols=256):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("largest, eight_bits", [(0.1, 0.008), (1e-3, 0.008), (1e-4, 0.009), (2e-5, 0.02), (2e-6, 0.05)])
+@pytest.mark.parametrize("largest, eight_bits", [(0.1, 0.008), (1e-3, 0.008), (1e-4, 0.009), (2e-5, 0.02),
+                                                 (2e-6, 0.05)])
 def test_small_channels_lose_no_more_than_scales_of_few_bits_cost(scheme, largest, eight_bits):
     matrix = weights(largest)
     assert relative_error(matrix, quantize(matrix, scheme)) < (eight_bits if scheme.bits == 8 else 0.13)
