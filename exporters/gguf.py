@@ -1,7 +1,8 @@
 """GGUF: one file with weights, dimensions, tokenizer and chat template, which llama.cpp loads as it is.
 
 4-bit weights are Q4_0, 8-bit ones Q8_0: blocks of 32 columns, each with a float16 scale, dequantized to `code * scale`.
-Our scales have the 8 significant bits of bfloat16 and are normal in float16, so both hold them exactly.
+Our scales have at most the 8 significant bits of bfloat16 and are multiples of float16's smallest number, so both hold
+them exactly.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
                           key=lambda item: item[1] is GGMLQuantizationType.Q4_0))
     progress("write the weights")
     writer = GGUFWriter(directory / MODEL, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
+    add_origin(writer, job)
     add_dimensions(writer, job.config)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -69,6 +71,24 @@ def check_expressible(config: ModelConfig) -> None:
     unmet = [need for need, is_met in needs.items() if not is_met]
     if unmet:
         raise ExportError(f"llama.cpp cannot run this model: its LFM2 needs {' and '.join(unmet)}")
+
+
+def add_origin(writer: GGUFWriter, job: ExportJob) -> None:
+    """What the model is called, how large it is, and its licence, as llama.cpp's own converter says it."""
+    name = Path(job.source).expanduser().resolve().name.replace(":", "-")
+    count = job.config.num_parameters
+    _, _, basename, finetune, version, size = gguf.Metadata.get_model_id_components(name, count)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(gguf.Metadata.id_to_title(name))
+    writer.add_size_label(size or gguf.size_label(count, 0, 0, 0))
+    if basename:
+        writer.add_basename(basename)
+    if finetune:
+        writer.add_finetune(finetune)
+    if version:
+        writer.add_version(version)
+    if job.licence != "unknown":
+        writer.add_license(job.licence)
 
 
 def add_dimensions(writer: GGUFWriter, config: ModelConfig) -> None:

@@ -64,6 +64,7 @@ class ExportJob:
     prefill_chunk: most tokens that one step takes
     prompts: tokens to measure activations on, where the target's have constant scales
     socs: the chips to compile for, where the target is compiled
+    source, licence: of the checkpoint, as it has them
     """
 
     config: ModelConfig
@@ -75,6 +76,8 @@ class ExportJob:
     prefill_chunk: int
     prompts: tuple[list[int], ...] = ()
     socs: tuple[Soc, ...] = ()
+    source: str = ""
+    licence: str = "unknown"
 
     def release_weights(self) -> None:
         """Take all quantized weights out of memory until they are used again."""
@@ -161,7 +164,8 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
                                       directory, progress)
             if chosen.calibrated:
                 texts = whole_chunks(measured_on(), prefill_chunk, context, checkpoint.config.bos_token_id)
-        job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, texts, socs)
+        job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, texts, socs,
+                        checkpoint.source, checkpoint.licence)
         artifact = chosen.exporter().export(job, directory, progress.stage)
         if socs:
             weights.clear()
