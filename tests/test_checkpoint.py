@@ -9,12 +9,17 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import Lfm2ForCausalLM
 
+import lfm_edge.checkpoint
+from lfm_edge import export
+from lfm_edge.bundle import Bundle
 from lfm_edge.checkpoint import open_checkpoint
-from lfm_edge.errors import CheckpointError, LfmEdgeError
-from tests.helpers import AWKWARD, hf_model, save_checkpoint
+from lfm_edge.errors import CheckpointError, ConfigError
+from tests.helpers import AWKWARD, fill_bundle, hf_model, save_checkpoint
 
 CONV = "model.layers.0.conv.conv.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 
 
@@ -41,6 +46,16 @@ def rewrite(directory, change):
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def rename(new_name):
+    """A change for `rewrite`: every tensor under another name."""
+    def change(tensors):
+        renamed = {new_name(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    return change
 
 
 def edit_json(path, change):
@@ -114,12 +129,6 @@ def test_infinite_weights_are_refused(checkpoint, value):
         open_checkpoint(checkpoint).tensor(CONV)
 
 
-def test_a_tied_head_that_is_stored_as_well_is_passed_over(checkpoint):
-    rewrite(checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-
-    assert "lm_head.weight" not in open_checkpoint(checkpoint).names
-
-
 def test_digest_follows_weights_and_config(checkpoint):
     before = open_checkpoint(checkpoint).digest()
     assert open_checkpoint(checkpoint).digest() == before
@@ -135,6 +144,147 @@ def test_a_home_relative_path_is_found(published, monkeypatch):
     monkeypatch.setenv("HOME", str(published.parent))
 
     assert open_checkpoint("~/model").names
+
+
+# --- the head -----------------------------------------------------------------------------------------------------
+
+
+def store_head(directory, head, *, with_embedding=True):
+    """Store a head, made of the embedding by `head`, beside it or alone."""
+    def change(tensors):
+        tensors[HEAD] = head(tensors[EMBEDDING])
+        if not with_embedding:
+            del tensors[EMBEDDING]
+
+    rewrite(directory, change)
+
+
+def is_tied_by_transformers(directory):
+    model = Lfm2ForCausalLM.from_pretrained(directory)
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_tied_head_that_is_stored_as_well_is_passed_over(checkpoint):
+    store_head(checkpoint, torch.clone)
+
+    assert HEAD not in open_checkpoint(checkpoint).names
+    assert open_checkpoint(checkpoint).config.tie_embedding
+    assert is_tied_by_transformers(checkpoint)
+
+
+@pytest.mark.parametrize("row", [0, 150, 299])
+def test_a_head_that_differs_from_the_embedding_is_kept_whatever_config_says(checkpoint, row, monkeypatch):
+    def other(embedding):
+        head = embedding.clone()
+        head[row, 5] += 1e-6
+        return head
+
+    monkeypatch.setattr(lfm_edge.checkpoint, "_ROWS_AT_ONCE", 100)
+    store_head(checkpoint, other)
+    opened = open_checkpoint(checkpoint)
+
+    assert not opened.config.tie_embedding
+    assert opened.config.to_dict()["tie_word_embeddings"] is opened.config.to_dict()["tie_embedding"] is False
+    assert torch.equal(opened.tensor(HEAD), other(opened.tensor(EMBEDDING)))
+    assert not is_tied_by_transformers(checkpoint)
+
+
+@pytest.mark.parametrize("stored, head, tied", [
+    (torch.float32, torch.bfloat16, True), (torch.bfloat16, torch.float32, True), (torch.float16, torch.float32, True),
+    (torch.float16, torch.bfloat16, False), (torch.bfloat16, torch.float16, True),
+])
+def test_a_head_that_is_the_embedding_but_for_the_rounding_of_its_type_is_tied(tmp_path, stored, head, tied):
+    directory = save_checkpoint(tmp_path / "model", dtype=stored)
+    store_head(directory, lambda embedding: embedding.to(head))
+
+    assert open_checkpoint(directory).config.tie_embedding is tied
+
+
+def test_a_head_alone_is_the_embedding_of_a_tied_model(checkpoint, published):
+    store_head(checkpoint, torch.clone, with_embedding=False)
+
+    assert torch.equal(open_checkpoint(checkpoint).tensor(EMBEDDING), open_checkpoint(published).tensor(EMBEDDING))
+    assert is_tied_by_transformers(checkpoint)
+
+
+def test_a_tied_head_of_another_shape_is_refused(checkpoint):
+    store_head(checkpoint, lambda embedding: embedding[:10].clone())
+
+    assert f"{HEAD}: expected shape (300, 64), found (10, 64)" in refusal(checkpoint)
+
+
+def test_an_untied_model_without_a_head_is_refused(checkpoint):
+    """transformers makes one up of random numbers."""
+    edit_json(checkpoint / "config.json", lambda config: config.update(tie_word_embeddings=False))
+
+    assert f"{HEAD} is missing; config.json says that the head is not the embedding" in refusal(checkpoint)
+
+
+def test_a_bundle_of_a_model_whose_head_differs_computes_what_transformers_does(checkpoint, tmp_path):
+    pytest.importorskip("onnxruntime")
+    store_head(checkpoint, lambda embedding: embedding.flip(0) * 1.5)
+    bundle = export(checkpoint, target="onnx-q8", output=tmp_path / "bundle", context=64, prefill_chunk=8)
+    tokens = [1, 20, 30, 40, 50]
+    with torch.no_grad():
+        expected = Lfm2ForCausalLM.from_pretrained(checkpoint)(torch.tensor([tokens])).logits[0, -1]
+
+    logits = torch.from_numpy(bundle.session().prefill(tokens))
+    assert (logits - expected).abs().max() < 0.2 * expected.std()
+    for name in ("manifest.json", "config.json"):
+        config = json.loads((bundle.directory / name).read_text())
+        assert config.get("config", config)["tie_word_embeddings"] is False
+
+
+# --- which file -------------------------------------------------------------------------------------------------
+
+
+def test_a_single_file_wins_over_an_index_beside_it(sharded, published):
+    rewrite_shards(sharded, lambda tensor: tensor + 1)
+    shutil.copyfile(published / "model.safetensors", sharded / "model.safetensors")
+    for leftovers in ("whole", "some", "none"):
+        if leftovers != "whole":
+            next(sharded.glob("model-*.safetensors")).unlink()
+        if leftovers == "none":
+            [path.unlink() for path in sharded.glob("model-*.safetensors")]
+        opened = open_checkpoint(sharded)
+        theirs = Lfm2ForCausalLM.from_pretrained(sharded).state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in read_all(opened).items()), leftovers
+    assert open_checkpoint(sharded).digest() == open_checkpoint(published).digest()
+
+
+def rewrite_shards(directory, change):
+    for path in directory.glob("model-*.safetensors"):
+        save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def test_shards_that_the_index_does_not_name_are_not_read(sharded, published):
+    (sharded / "model-99999-of-00001.safetensors").write_bytes(b"left over, and no safetensors file")
+
+    assert read_all(open_checkpoint(sharded)).keys() == read_all(open_checkpoint(published)).keys()
+
+
+def test_of_a_tensor_in_two_shards_the_index_says_which_one_counts(sharded, published):
+    index = json.loads((sharded / INDEX).read_text())["weight_map"]
+    shards = sorted(set(index.values()))
+    other = sharded / next(shard for shard in (shards[0], shards[-1]) if shard != index[CONV])
+    save_file({**load_file(other), CONV: torch.zeros(64, 1, 3)}, other, metadata={"format": "pt"})
+
+    assert torch.equal(open_checkpoint(sharded).tensor(CONV), open_checkpoint(published).tensor(CONV))
+
+
+def test_shards_without_an_index_are_refused(sharded):
+    (sharded / INDEX).unlink()
+
+    assert f"but no {INDEX} that says which tensors are where" in refusal(sharded)
+
+
+def test_names_without_the_model_s_prefix_are_read_as_transformers_reads_them(checkpoint, published):
+    rewrite(checkpoint, rename(lambda name: name.removeprefix("model.")))
+    theirs = Lfm2ForCausalLM.from_pretrained(checkpoint).state_dict()
+
+    for name, tensor in read_all(open_checkpoint(checkpoint)).items():
+        assert torch.equal(tensor, open_checkpoint(published).tensor(name))
+        assert torch.equal(tensor, theirs[name])
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
@@ -181,7 +331,9 @@ def test_a_misshaped_tensor_is_told_with_both_shapes(checkpoint):
 def test_a_tensor_of_another_dtype_is_refused(checkpoint, dtype, name):
     rewrite(checkpoint, lambda tensors: tensors.update({CONV: tensors[CONV].to(dtype)}))
 
-    assert f"{CONV} has dtype {name}; expected one of BF16, F16, F32" in refusal(checkpoint)
+    line = refusal(checkpoint)
+    assert f"{CONV} has dtype {name}; expected one of BF16, F16, F32" in line
+    assert ("quantized already" in line) is (name in ("I8", "F8_E4M3"))
 
 
 def test_a_tensor_that_the_model_has_no_place_for_is_refused(checkpoint):
@@ -259,7 +411,88 @@ def test_config_that_is_no_json_is_refused(checkpoint, content):
 def test_config_of_another_model_is_refused(checkpoint):
     edit_json(checkpoint / "config.json", lambda config: config.update(model_type="qwen3"))
 
-    assert "model_type is 'qwen3'" in refusal(checkpoint, LfmEdgeError)
+    assert refusal(checkpoint, ConfigError).startswith(f"{checkpoint}/config.json: model_type is 'qwen3'")
+
+
+# --- other formats ------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "peft": (lambda name: f"base_model.model.{name}", "'base_model.model.' (as peft names them: call merge_and_unload"),
+    "images": (lambda name: f"model.language_model.{name.removeprefix('model.')}", "text part of a model for images"),
+    "language model": (lambda name: f"language_model.{name}", "begin with 'language_model.' (the text part"),
+    "compiled": (lambda name: f"_orig_mod.{name}", "as torch.compile names them"),
+    "parallel": (lambda name: f"module.{name}", "as a parallel wrapper names them"),
+    "adapter inside": (lambda name: name.replace(".w1.weight", ".w1.lora_A.default.weight"), "merge_and_unload"),
+    "adapter around": (lambda name: name.replace(".w1.weight", ".w1.base_layer.weight"), "merge_and_unload"),
+    "gptq": (lambda name: name.replace(".w1.weight", ".w1.qweight"), "its weights are quantized already; give the"),
+    "bitsandbytes": (lambda name: name.replace(".w1.weight", ".w1.weight.absmax"), "quantized already"),
+    "another line": (lambda name: name.replace(".w1.weight", "\n"), r"'model.layers.0.feed_forward\n' is not"),
+}
+
+
+@pytest.mark.parametrize("new_name, words", NAMES.values(), ids=NAMES)
+def test_other_names_of_tensors_are_refused_with_what_they_are(checkpoint, new_name, words):
+    if words.endswith("is not"):
+        rewrite(checkpoint, lambda tensors: tensors.update({"model.layers.0.feed_forward\n": torch.zeros(1)}))
+    else:
+        rewrite(checkpoint, rename(new_name))
+
+    assert words in refusal(checkpoint)
+
+
+ADAPTER = {"adapter_config.json": '{"base_model_name_or_path": "LiquidAI/LFM2-350M"}', "adapter_model.safetensors": ""}
+
+
+def test_an_adapter_alone_is_refused_with_the_name_of_its_model(tmp_path):
+    for name, content in ADAPTER.items():
+        (tmp_path / name).write_text(content)
+
+    line = refusal(tmp_path)
+    assert "holds an adapter of 'LiquidAI/LFM2-350M' and no model" in line
+    assert "merge_and_unload" in line
+
+
+@pytest.mark.parametrize("name", ADAPTER)
+def test_an_adapter_beside_a_model_is_not_dropped_without_a_word(checkpoint, name):
+    (checkpoint / name).write_text(ADAPTER[name])
+
+    assert "holds a model and an adapter" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("pytorch_model.bin", "pytorch_model.bin is pickled, and never read"),
+    ("model-Q4_0.gguf", "a GGUF file is made from one"),
+    ("consolidated.safetensors", "there is consolidated.safetensors, but no"),
+])
+def test_weights_of_another_format_are_refused_with_what_to_do(checkpoint, name, words):
+    (checkpoint / "model.safetensors").rename(checkpoint / name)
+
+    assert words in refusal(checkpoint)
+
+
+def test_a_gguf_file_or_a_folder_of_them_is_refused_with_what_to_give(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+
+    for given in (tmp_path, tmp_path / "model.gguf"):
+        assert "give the directory that this file was converted from" in refusal(given)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "quantization"])
+def test_a_quantized_checkpoint_is_refused_with_what_to_give(checkpoint, key):
+    edit_json(checkpoint / "config.json",
+              lambda config: config.update({key: {"quant_method": "bitsandbytes", "load_in_8bit": True}}))
+
+    line = refusal(checkpoint, ConfigError)
+    assert f"{key}: the weights are quantized already ('bitsandbytes'); give the bfloat16" in line
+
+
+def test_a_bundle_s_config_is_refused_with_the_manifest_s_path(tmp_path):
+    fill_bundle(tmp_path)
+    edit_json(tmp_path / "manifest.json", lambda manifest: manifest["config"].update(partial_rotary_factor=0.5))
+
+    with pytest.raises(ConfigError) as raised:
+        Bundle.open(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}/manifest.json: config: partial_rotary_factor is 0.5")
 
 
 # --- where checkpoints come from ----------------------------------------------------------------------------------

@@ -170,9 +170,34 @@ def test_head_width_is_free_where_it_is_given():
     assert config.weight_shapes()["model.layers.1.self_attn.out_proj.weight"] == (64, 4 * 32)
 
 
-def test_keys_of_no_meaning_here_are_passed_over():
-    assert read(transformers_version="4.54.0.dev0", block_use_swiglu=True, conv_use_xavier_init=True, torch_dtype="x",
-                conv_dim_out=64, use_pos_enc=True, initializer_range=0.02) == read()
+WITHOUT_EFFECT = {
+    "published": {"transformers_version": "4.54.0.dev0", "block_use_swiglu": True, "block_use_xavier_init": True,
+                  "conv_use_xavier_init": True, "block_mlp_init_scale": 1.0, "block_out_init_scale": 1.0,
+                  "conv_dim_out": 64, "use_pos_enc": True, "initializer_range": 0.02, "torch_dtype": "bfloat16"},
+    "of a training tool": {"_name_or_path": "LiquidAI/LFM2-350M", "unsloth_fixed": True, "unsloth_version": "2025.8.1",
+                           "model_name": "LiquidAI/LFM2-350M", "attention_dropout": 0.1, "dtype": "bfloat16"},
+    "of transformers' base class": {"return_dict": True, "output_hidden_states": False, "chunk_size_feed_forward": 0,
+                                    "is_encoder_decoder": False, "id2label": {"0": "a"}, "label2id": {"a": 0},
+                                    "problem_type": None, "tie_encoder_decoder": False, "pruned_heads": {}},
+    "of generation": {"do_sample": True, "temperature": 0.3, "min_p": 0.15, "repetition_penalty": 1.05},
+    "at the value of this model": {"partial_rotary_factor": 1.0, "attention_bias": False, "use_attention_gate": False,
+                                   "is_causal": True, "hidden_act": "silu", "num_experts": 0},
+    "null": dict.fromkeys(("sliding_window", "attn_logit_softcapping", "quantization_config", "whatever_comes_next",
+                           "architectures", "is_causal")),
+    "of the rotation": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0,
+                                            "factor": None, "original_max_position_embeddings": 4096}},
+    "its architecture": {"architectures": ["Lfm2ForCausalLM"]},
+    "its architecture, no list of others": {"architectures": []},
+}
+
+
+@pytest.mark.parametrize("keys", WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_keys_that_change_nothing_are_passed_over(keys):
+    assert read(**keys) == read()
+
+
+def test_all_that_transformers_writes_is_understood():
+    assert ModelConfig.from_dict({**Lfm2Config(**BASE).to_dict(), "num_labels": 3, "output_attentions": True})
 
 
 # --- agreement with transformers ----------------------------------------------------------------------------------
@@ -269,6 +294,29 @@ REFUSED = {
     "scaling beside default parameters": ({"rope_parameters": {"rope_type": "default"},
                                            "rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
     "rope parameters that are no object": ({"rope_parameters": "default"}, "rope_parameters"),
+    "a part of each head rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0"),
+    "that, among the rotation's": ({"rope_parameters": {"partial_rotary_factor": 0.5}},
+                                   "rope_parameters: partial_rotary_factor is 0.5; only 1.0"),
+    "an unknown key of the rotation": ({"rope_scaling": {"type": "default", "mrope_section": [1, 2]}},
+                                       "rope_scaling: 'mrope_section' is [1, 2], which is not understood"),
+    "a sliding window": ({"sliding_window": 4096}, "'sliding_window' is 4096, which is not understood"),
+    "an attention gate": ({"use_attention_gate": True}, "use_attention_gate is True; only False"),
+    "no swiglu": ({"block_use_swiglu": False}, "block_use_swiglu is False"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    "experts": ({"num_experts": 8}, "num_experts is 8"),
+    "logits that are capped": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    "two unknown keys": ({"one": 1, "two": [0] * 100}, "'one' is 1, which is not understood, like 'two': it"),
+    "a long unknown value": ({"layer_scales": [0.5] * 100}, "0..., which is not understood: it may"),
+    "another file of weights": ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+    "an encoder": ({"architectures": ["Lfm2BidirectionalModel"]}, "no encoder, embedding model or classifier"),
+    "a model without its head": ({"architectures": ["Lfm2Model"]}, "only Lfm2ForCausalLM, which predicts the next"),
+    "a classifier": ({"architectures": ["Lfm2ForSequenceClassification"]}, "architectures"),
+    "architectures that are no list": ({"architectures": "Lfm2ForCausalLM"}, "architectures"),
+    "no causality": ({"is_causal": False}, "this is an encoder or an embedding model"),
+    "both directions": ({"use_bidirectional_attention": True}, "this is an encoder or an embedding model"),
+    "8 bits": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+               "the weights are quantized already ('bitsandbytes'); give the bfloat16"),
+    "mlx's 4 bits": ({"quantization": {"group_size": 64, "bits": 4}}, "the weights are quantized already; give"),
     "end of text as text": ({"eos_token_id": "<|im_end|>"}, "eos_token_id"),
     "no end of text": ({"eos_token_id": []}, "eos_token_id"),
     "an end of text that is null": ({"eos_token_id": [7, None]}, "eos_token_id"),
@@ -280,8 +328,21 @@ def test_refused_in_one_line_that_names_the_key(changes, key):
     with pytest.raises(ConfigError) as refusal:
         read(**changes)
 
+    assert str(refusal.value).startswith("config.json: ")
     assert key in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_is_not_understood_is_refused_with_all_that_is():
+    with pytest.raises(ConfigError) as refusal:
+        read(use_tanh=True)
+
+    assert all(key in str(refusal.value) for key in (*BASE, "rope_parameters", "conv_L_cache", "head_dim"))
+
+
+def test_a_refusal_names_where_the_config_was_read():
+    with pytest.raises(ConfigError, match=r"^some/where/config\.json: num_attention_heads is 'four'"):
+        ModelConfig.from_dict(BASE | {"num_attention_heads": "four"}, "some/where/config.json")
 
 
 @pytest.mark.parametrize("key", ["model_type", "vocab_size", "hidden_size", "num_attention_heads", "block_ff_dim"])
@@ -310,7 +371,8 @@ JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_theta", "type"]), inner),
     max_leaves=4)
-READ_KEYS = sorted({*BASE, "rope_parameters", "full_attn_idxs", "head_dim"})
+READ_KEYS = sorted({*BASE, "rope_parameters", "full_attn_idxs", "head_dim", "architectures", "is_causal",
+                    "quantization_config", "a key that\nnobody knows"})
 
 
 @given(st.dictionaries(st.sampled_from(READ_KEYS), JSON_VALUES))

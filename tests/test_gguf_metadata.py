@@ -19,14 +19,15 @@ def fields(path):
 
 
 def test_a_file_names_its_model_its_licence_and_its_size(tmp_path):
-    source = save_checkpoint(tmp_path / "Lighthouse-v2-Instruct", layer_types=["conv", "full_attention"])
+    source = save_checkpoint(tmp_path / "Lighthouse-Instruct-v2", layer_types=["conv", "full_attention"])
     (source / "README.md").write_text("---\nlicense: other\nlicense_name: lfm1.0\n---\n")
     bundle = export(source, target="gguf-q4", output=tmp_path / "bundle", context=64)
 
     expected = {
-        "general.type": "model", "general.name": "Lighthouse v2 Instruct", "general.basename": "Lighthouse",
+        "general.type": "model", "general.name": "Lighthouse Instruct v2", "general.basename": "Lighthouse",
         "general.version": "v2", "general.finetune": "Instruct", "general.license": "lfm1.0",
-        "general.size_label": gguf.size_label(bundle.manifest.config.num_parameters, 0, 0, 0), "general.quantization_version": 2, "general.file_type": 2,
+        "general.size_label": gguf.size_label(bundle.manifest.config.num_parameters, 0, 0, 0),
+        "general.quantization_version": 2, "general.file_type": 2,
     }
     written = fields(bundle.artifact)
     assert {name: written.get(name) for name in expected} == expected
