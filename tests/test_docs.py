@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import typer.main
@@ -55,6 +57,39 @@ def test_every_link_and_make_target_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_figure_is_missing(page):
     assert "@@" not in page.read_text()
+
+
+# --- what apps are told -------------------------------------------------------------------------------------------
+
+
+def test_the_hub_example_gives_it_folders_that_it_takes(tmp_path, monkeypatch):
+    """By the rule of qai-hub 0.56: exactly one `.onnx`, at most one `.bin`, and nothing else."""
+    text = (REPO / "docs/npu.md").read_text()
+    code, = re.findall(r"^```python\n([^`]*qai_hub.*?)^```", text, re.DOTALL | re.MULTILINE)
+    chip = tmp_path / "lfm2.5-1.2b-npu/npu/sm8650"
+    chip.mkdir(parents=True)
+    for name in ("prefill.onnx", "decode.onnx", "prefill_qnn.bin"):
+        (chip / name).touch()
+    hub = MagicMock()
+    hub.upload_model.side_effect = lambda folder: sorted(path.name for path in Path(folder).iterdir())
+    monkeypatch.setitem(sys.modules, "qai_hub", hub)
+    monkeypatch.chdir(tmp_path)
+
+    exec(code, {})
+
+    (model,), _ = hub.submit_profile_job.call_args
+    assert model == ["decode.onnx", "prefill_qnn.bin"]
+
+
+def test_apps_are_told_to_map_the_program_and_where_it_runs():
+    text = (REPO / "docs/executorch.md").read_text()
+    assert "Module.LOAD_MODE_MMAP" in text
+    assert all("loadMode: .mmap" in line for line in text.splitlines() if "Module(filePath:" in line)
+    assert "Armv8.2" in text and "valid until the next call" in text
+
+
+def test_no_version_of_a_phone_s_package_is_named_that_may_not_be_published():
+    assert not re.search(r"onnxruntime-android:\d", (REPO / "docs/onnx.md").read_text())
 
 
 # --- the workflow of docs/ci.md -----------------------------------------------------------------------------------
