@@ -353,9 +353,10 @@ def _trace(module: nn.Module, job: ExportJob) -> ExportedProgram:
 
 def _metadata(job: ExportJob) -> dict[str, Any]:
     """The constant methods that the stock LLM runners ask for."""
+    begin = {} if job.config.bos_token_id is None else {"get_bos_id": job.config.bos_token_id}
     return {
         "get_max_seq_len": job.prefill_chunk, "get_max_context_len": job.state.context,
-        "get_vocab_size": job.config.vocab_size, "get_bos_id": job.config.bos_token_id,
+        "get_vocab_size": job.config.vocab_size, **begin,
         "get_eos_ids": list(job.config.eos_token_ids), "use_kv_cache": True, "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
     }

@@ -24,12 +24,14 @@ _END_KEYS = ("eos", "eot", "eom")  # of the tokens that end a generation, in GGU
 class Vocabulary:
     """What llama.cpp needs of a byte-level BPE tokenizer.
 
+    first: the token that texts begin with, None where there is none
     tokens, types: of every id; merges: pairs with a space between, the first ones first
     pre: llama.cpp's name of how text is split
     add_bos, add_eos: whether a text gets a first and a last token
     """
 
     config: ModelConfig
+    first: int | None
     tokens: list[str]
     types: list[TokenType]
     merges: list[str]
@@ -43,16 +45,17 @@ class Vocabulary:
         """Raises ExportError for a tokenizer that llama.cpp would not follow."""
         raw = json.loads(tokenizer.backend.to_str())
         _check_kind(raw)
-        if len(config.eos_token_ids) > len(_END_KEYS):
-            raise ExportError(f"config.json: {len(config.eos_token_ids)} tokens end a generation; GGUF names "
-                              f"{len(_END_KEYS)}")
+        if not 1 <= len(config.eos_token_ids) <= len(_END_KEYS):
+            raise ExportError(f"eos_token_id: {len(config.eos_token_ids)} tokens end a generation; GGUF names 1 to "
+                              f"{len(_END_KEYS)}, and where it names none llama.cpp takes one of its own")
+        first = tokenizer.named("bos_token") if config.bos_token_id is None else config.bos_token_id
         tokens, types = _entries(tokenizer.backend, raw["added_tokens"], config.vocab_size)
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]]
         # A file without merges is refused. No piece of text is ever a special token, so this one does nothing.
-        merges = merges or [f"{tokens[config.bos_token_id]} {tokens[config.bos_token_id]}"]
+        merges = merges or [f"{tokens[config.eos_token_ids[0]]} {tokens[config.eos_token_ids[0]]}"]
         whole = raw["model"].get("ignore_merges") or _merges_reach_all(tokenizer.backend, raw["added_tokens"])
-        return cls(config, tokens, types, merges, WHOLE_PIECES_FIRST if whole else MERGES_ONLY,
-                   *_ends(tokenizer, config), tokenizer.template)
+        return cls(config, first, tokens, types, merges, WHOLE_PIECES_FIRST if whole else MERGES_ONLY,
+                   *_ends(tokenizer, first, config.eos_token_ids[0]), tokenizer.template)
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Put it into a file's metadata."""
@@ -61,10 +64,12 @@ class Vocabulary:
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
         writer.add_token_merges(self.merges)
-        writer.add_bos_token_id(self.config.bos_token_id)
+        if self.first is not None:
+            writer.add_bos_token_id(self.first)
         for key, token in zip(_END_KEYS, self.config.eos_token_ids, strict=False):
             getattr(writer, f"add_{key}_token_id")(token)
-        writer.add_pad_token_id(self.config.pad_token_id)
+        if self.config.pad_token_id is not None:
+            writer.add_pad_token_id(self.config.pad_token_id)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         if self.chat_template:
@@ -101,9 +106,6 @@ def _entries(backend: Tokenizer, added: list[dict[str, Any]], size: int) -> tupl
     known = {index: (token, TokenType.NORMAL) for token, index in backend.get_vocab(with_added_tokens=False).items()}
     known |= {token["id"]: (token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
               for token in added}
-    if max(known) >= size:
-        raise ExportError(f"tokenizer.json: has token {max(known)}, config.json a vocabulary of {size}; llama.cpp "
-                          "needs a row of the embedding for each")
     for index, (token, kind) in known.items():
         tokens[index], types[index] = token, kind
     if len(set(tokens)) < size:
@@ -117,12 +119,11 @@ def _merges_reach_all(backend: Tokenizer, added: list[dict[str, Any]]) -> bool:
     return all(len(backend.model.tokenize(token)) == 1 for token in plain)
 
 
-def _ends(tokenizer: TextTokenizer, config: ModelConfig) -> tuple[bool, bool]:
-    """Whether a text gets a first and a last token. Raises ExportError where it gets others than config.json says."""
+def _ends(tokenizer: TextTokenizer, first: int | None, last: int) -> tuple[bool, bool]:
+    """Whether a text gets a first and a last token. Raises ExportError where it gets others than these."""
     plain, whole = tokenizer.encode("a", special=False), tokenizer.encode("a")
     for add_bos, add_eos in ((True, False), (False, False), (True, True), (False, True)):
-        first, last = [config.bos_token_id] * add_bos, [config.eos_token_ids[0]] * add_eos
-        if whole == [*first, *plain, *last]:
+        if whole == [*[first] * add_bos, *plain, *[last] * add_eos]:
             return add_bos, add_eos
-    raise ExportError(f"tokenizer.json: puts {whole} around {plain}; llama.cpp puts bos_token_id and eos_token_id of "
-                      "config.json there, or nothing")
+    raise ExportError(f"tokenizer.json: puts {whole} around {plain}; llama.cpp puts bos_token_id and the first "
+                      "eos_token_id there, or nothing")

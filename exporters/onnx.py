@@ -477,12 +477,11 @@ def transformers_js_config(job: ExportJob, name: str, files: int) -> dict[str, A
 def genai_config(job: ExportJob, path: str) -> dict[str, Any]:
     """genai_config.json, which onnxruntime-genai loads the folder by."""
     config, context = job.config, job.state.context
-    eos = list(config.eos_token_ids)
+    ids = {name: value for name, value in config.special_ids().items() if value is not None}
     return {
         "model": {
             "type": config.model_type, "vocab_size": config.vocab_size, "context_length": context,
-            "bos_token_id": config.bos_token_id, "eos_token_id": eos if len(eos) > 1 else eos[0],
-            "pad_token_id": config.pad_token_id,
+            **ids,
             "decoder": {
                 "filename": path, "session_options": {"provider_options": []},
                 "hidden_size": config.hidden_size, "head_size": config.head_dim,

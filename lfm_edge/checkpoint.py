@@ -20,11 +20,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lfm_edge.config import ModelConfig
-from lfm_edge.errors import CheckpointError, LfmEdgeError
+from lfm_edge.config import ModelConfig, token_ids
+from lfm_edge.errors import CheckpointError, ConfigError, LfmEdgeError
 from lfm_edge.files import read_json_object
 from lfm_edge.presets import PRESETS
-from lfm_edge.tokenizer import TOKENIZER_FILES, default_template, write_chatml_tokenizer
+from lfm_edge.tokenizer import (
+    CHAT_TEMPLATE,
+    DEFAULT_TEMPLATE,
+    GENERATION_CONFIG,
+    MORE_TEMPLATES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    TextTokenizer,
+    chat_templates,
+    write_chatml_tokenizer,
+)
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
@@ -60,7 +71,11 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def copy_text_files(self, directory: Path) -> None:
-        """Write the tokenizer, the chat template, the generation defaults and the licence into `directory`."""
+        """Write the tokenizer, the chat template, the generation defaults and the licence into `directory`.
+
+        Clients read these files each in their own way, so what two of them say is made the same, as transformers
+        takes it. Raises CheckpointError where the tokenizer is missing or does not belong to the weights.
+        """
 
     @property
     def names(self) -> list[str]:
@@ -83,7 +98,8 @@ class DirectoryCheckpoint(Checkpoint):
         path = directory / "config.json"
         if not path.is_file() and any(directory.glob("*.gguf")):
             raise CheckpointError(f"{path}: no such file{_GGUF_HINT}")
-        self.config = ModelConfig.from_dict(read_json_object(path, CheckpointError), str(path))
+        config = read_json_object(path, CheckpointError)
+        self.config = ModelConfig.from_dict(config | _special_ids(directory, config), str(path))
         self.licence = _licence(directory)
         self._stored = self._locate()
         self._check_headers()
@@ -106,12 +122,14 @@ class DirectoryCheckpoint(Checkpoint):
         return hasher.hexdigest()
 
     def copy_text_files(self, directory: Path) -> None:
-        if not (self.directory / "tokenizer.json").is_file():
+        if not (self.directory / TOKENIZER).is_file():
             raise CheckpointError(f"{self.directory}: tokenizer.json is missing; a bundle needs the model's tokenizer")
         for name in (*TOKENIZER_FILES, "LICENSE", TASKS_FILE):
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, directory / name)
-        _embed_chat_template(directory)
+        _write_chat_templates(self.directory, directory)
+        _write_tokenizer(self.directory, directory, self.config.vocab_size)
+        _rewrite(directory / GENERATION_CONFIG, self.config.special_ids())
 
     def _paths(self) -> list[Path]:
         return sorted({path for path, _ in self._stored.values()})
@@ -250,7 +268,8 @@ def _download(repository: str) -> Path:
     """Fetch the files of a checkpoint from the hub into its own cache, resuming what is there already."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", "LICENSE", "README.md", *TOKENIZER_FILES]
+    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", "LICENSE", "README.md", *TOKENIZER_FILES,
+              f"{MORE_TEMPLATES}/*.jinja"]
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen unrelated types
@@ -362,16 +381,59 @@ def _licence(directory: Path) -> str:
     return fields.get("license_name") or fields.get("license") or "unknown"
 
 
-def _embed_chat_template(directory: Path) -> None:
-    """Let both places that clients read the chat template from hold it."""
-    config_path, template_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-    config = read_json_object(config_path, CheckpointError) if config_path.is_file() else {}
-    embedded = default_template(config.get("chat_template"))
-    if template_path.is_file() and not embedded:
-        try:
-            config["chat_template"] = template_path.read_text()
-        except ValueError as error:
-            raise CheckpointError(f"{template_path.name}: not text ({error})") from None
-        config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    elif isinstance(embedded, str) and not template_path.is_file():
-        template_path.write_text(embedded)
+def _special_ids(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The tokens that end a generation, as transformers' `generate` takes them, and those that begin and pad a text.
+
+    generation_config.json decides where it is there, though it name none; config.json, where it is not.
+    """
+    path, generation = directory / "config.json", config
+    if (directory / GENERATION_CONFIG).is_file():
+        path = directory / GENERATION_CONFIG
+        generation = read_json_object(path, CheckpointError)
+    try:
+        ends = token_ids(generation.get("eos_token_id"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    size = config.get("vocab_size")
+    outside = [token for token in ends if isinstance(size, int) and not 0 <= token < size]
+    if outside:
+        raise CheckpointError(f"{path}: eos_token_id {outside[0]} is outside the vocabulary of {size}")
+    return {"eos_token_id": list(ends) or None,
+            **{name: generation[name] for name in ("bos_token_id", "pad_token_id") if generation.get(name) is not None}}
+
+
+def _write_chat_templates(source: Path, directory: Path) -> None:
+    """Let every place in `directory` that a client reads a chat template from hold those of `source`."""
+    path = source / TOKENIZER_CONFIG
+    config = read_json_object(path, CheckpointError) if path.is_file() else {}
+    templates = chat_templates(source, config, CheckpointError)
+    for name, template in templates.items():
+        path = directory / (CHAT_TEMPLATE if name == DEFAULT_TEMPLATE else f"{MORE_TEMPLATES}/{name}.jinja")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(template, "utf-8")
+    if templates:
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        _rewrite(directory / TOKENIZER_CONFIG,
+                 {"chat_template": templates[DEFAULT_TEMPLATE] if set(templates) == {DEFAULT_TEMPLATE} else named})
+
+
+def _write_tokenizer(source: Path, directory: Path, rows: int) -> None:
+    """Let tokenizer.json alone say how a text becomes tokens: other clients than transformers read nothing else.
+
+    rows: of the embedding. Raises CheckpointError where a token has none.
+    """
+    backend = TextTokenizer(source).backend
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    last = max(vocabulary, key=vocabulary.__getitem__, default=None)
+    if last is not None and vocabulary[last] >= rows:
+        raise CheckpointError(f"{source / TOKENIZER}: token {vocabulary[last]} ({last!r}) is past the {rows} rows of "
+                              "the embedding; use the tokenizer of these weights, or add rows for its tokens")
+    settled = json.loads(backend.to_str())
+    _rewrite(directory / TOKENIZER, {key: settled[key] for key in ("truncation", "padding", "added_tokens")})
+
+
+def _rewrite(path: Path, changes: dict[str, Any]) -> None:
+    """Change entries of a JSON file, or make one; a file that says the same already stays as it is."""
+    held = read_json_object(path, CheckpointError) if path.is_file() else {}
+    if any(key not in held or held[key] != value for key, value in changes.items()):
+        path.write_text(json.dumps(held | changes, indent=2, ensure_ascii=False) + "\n", "utf-8")

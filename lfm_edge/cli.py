@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.presets import DEFAULT_MODEL
+from lfm_edge.stdout import checked_stdout
 
 if TYPE_CHECKING:
     from lfm_edge.bundle import Bundle
@@ -37,6 +39,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result 
                                                                "in place of the table.", show_default=False)]
 Baked = Annotated[bool, typer.Option("--baked-prompt/--no-baked-prompt",
                                      help="Start after the system prompt that the bundle ships, where it has one.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 Lookahead = Annotated[int, typer.Option(min=0, help="Guess up to so many tokens from what the conversation repeats, "
                                                      "and check them in one step: the same text, sooner where it "
                                                      "repeats. Up to 7 on android targets.")]
@@ -292,12 +295,15 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Seed = 0,
     lookahead: Lookahead = 0,
     baked_prompt: Baked = True,
     threads: Threads = None,
 ) -> None:
-    """Continue a prompt; the text goes to standard output as it comes."""
+    """Continue a prompt; the text goes to standard output as it comes.
+
+    The prompt is what the model reads: tokens such as <|im_start|> may stand in it.
+    """
     opened = _open(bundle)
     from lfm_edge.generation import generate as run
     from lfm_edge.generation import text_pieces
@@ -317,20 +323,28 @@ def chat(
     bundle: BundlePath,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Seed = 0,
     lookahead: Lookahead = 0,
     baked_prompt: Baked = True,
+    tools: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="JSON schemas of functions that the model may call, a list or one: the chat template "
+                             "shows them to the model. Answer a call with /tool RESULT.", show_default=False)] = None,
     session: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Go on with the conversation in this file, where it exists, and save it there on leaving.",
         show_default=False)] = None,
     threads: Threads = None,
 ) -> None:
-    """Talk with a bundle through its chat template. An empty line or end of input leaves, /reset begins anew."""
-    opened = _open(bundle)
-    from lfm_edge.generation import Chat
+    """Talk with a bundle through its chat template.
 
+    An empty line or end of input leaves, /reset begins anew, /tool RESULT says what a function gave that the model
+    called.
+    """
+    opened = _open(bundle)
+    from lfm_edge.generation import Chat, read_tools
+
+    functions = None if tools is None else read_tools(tools)
     conversation = Chat(opened.session(threads), opened.tokenizer(), opened.manifest.config.eos_token_ids,
-                        opened.baked_prompt if baked_prompt else None)
+                        opened.baked_prompt if baked_prompt else None, functions)
     with conversation.kept_in(session) as goes_on:
         if goes_on:
             err.print(f"{session}: goes on after {len(conversation.messages)} messages, "
@@ -339,9 +353,10 @@ def chat(
             if line == "/reset":
                 conversation.reset()
                 continue
+            role, said = ("tool", line[len("/tool"):].strip()) if line.split()[0] == "/tool" else ("user", line)
             try:
-                for piece in conversation.answer(line, max_tokens=max_tokens, temperature=temperature, seed=seed,
-                                                 lookahead=lookahead):
+                for piece in conversation.answer(said, role=role, max_tokens=max_tokens, temperature=temperature,
+                                                 seed=seed, lookahead=lookahead):
                     _say(piece)
             except LfmEdgeError as error:
                 _complain(error)
@@ -351,8 +366,11 @@ def chat(
 def main() -> None:
     """Entry point: errors of ours become one line and exit code 2; a kill cleans up as an interrupt does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     try:
-        app()
+        with checked_stdout(_complain):
+            app()
     except LfmEdgeError as error:
         _complain(error)
         sys.exit(2)
@@ -368,7 +386,7 @@ def _let_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def _complain(error: LfmEdgeError) -> None:
+def _complain(error: LfmEdgeError | str) -> None:
     err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -413,6 +431,8 @@ def _say(text: str) -> None:
 
 def _lines(prompt: str) -> Iterator[str]:
     """Lines of standard input until an empty one; the prompt is shown to people only."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text costs that line, not the conversation
     while True:
         if sys.stdin.isatty():
             _say(prompt)

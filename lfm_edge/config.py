@@ -23,7 +23,8 @@ class ModelConfig:
     intermediate_size: the real width of the feed-forward layers, after `block_auto_adjust_ff_dim`
     layer_types: one of `conv` or `full_attention` for each layer, in order
     conv_taps: taps of the short convolution (`conv_L_cache`); its state holds `conv_taps - 1` columns
-    eos_token_ids: every id that ends a generation
+    eos_token_ids: every id that ends a generation; none where nothing does
+    bos_token_id, pad_token_id: None where there is none
 
     Raises ConfigError where the dimensions contradict each other.
     """
@@ -41,9 +42,9 @@ class ModelConfig:
     rope_theta: float = 1_000_000.0
     tie_embedding: bool = True
     max_position_embeddings: int = 128_000
-    bos_token_id: int = 1
+    bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (7,)
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0
     model_type: str = "lfm2"
 
     def __post_init__(self) -> None:
@@ -160,9 +161,9 @@ class ModelConfig:
             rope_theta=_rope_theta(raw),
             tie_embedding=_boolean(raw, "tie_embedding", "tie_word_embeddings", default=True),
             max_position_embeddings=_integer(raw, "max_position_embeddings", default=128_000),
-            bos_token_id=_integer(raw, "bos_token_id", default=1),
-            eos_token_ids=_token_ids(raw.get("eos_token_id", 7)),
-            pad_token_id=_integer(raw, "pad_token_id", default=0),
+            bos_token_id=_token_id(raw, "bos_token_id", default=1),
+            eos_token_ids=token_ids(raw.get("eos_token_id", 7)),
+            pad_token_id=_token_id(raw, "pad_token_id", default=0),
             model_type=model_type,
         )
 
@@ -196,11 +197,15 @@ class ModelConfig:
             "tie_embedding": self.tie_embedding,
             "tie_word_embeddings": self.tie_embedding,
             "max_position_embeddings": self.max_position_embeddings,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
+            **self.special_ids(),
             "use_cache": True,
         }
+
+    def special_ids(self) -> dict[str, Any]:
+        """The tokens that begin, end and pad a text, as config.json and generation_config.json spell them."""
+        eos = list(self.eos_token_ids)
+        return {"bos_token_id": self.bos_token_id, "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
+                "pad_token_id": self.pad_token_id}
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -241,11 +246,19 @@ def _boolean(raw: dict[str, Any], *names: str, default: bool) -> bool:
     return value
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def _token_id(raw: dict[str, Any], name: str, default: int) -> int | None:
+    """A token that need not be there: null says that there is none."""
+    return None if name in raw and raw[name] is None else _integer(raw, name, default=default)
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """An `eos_token_id`: one, several, or null for none, each once. Raises ConfigError for anything else."""
+    if value is None:
+        return ()
     ids = value if isinstance(value, list) else [value]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ConfigError(f"eos_token_id is {value!r}; expected an integer or a list of integers")
-    return tuple(ids)
+        raise ConfigError(f"eos_token_id is {value!r}; expected an integer, a list of integers, or null")
+    return tuple(dict.fromkeys(ids))
 
 
 def _ffn_width(raw: dict[str, Any]) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lfm_edge.errors import BundleError, ContextFull, LfmEdgeError
+from lfm_edge.files import read_text
 from lfm_edge.saved import Message
 from lfm_edge.session import Logits, Session
 from lfm_edge.speculation import PromptLookup
@@ -19,7 +23,11 @@ def sample(logits: Logits, temperature: float, generator: np.random.Generator) -
     """The next token: the best one at temperature 0, drawn from softmax(logits / temperature) above.
 
     logits: float32 [vocab]
+    Raises LfmEdgeError where the best of them is no finite number.
     """
+    if not np.isfinite(logits.max()):  # of NaN, too, there is a first best
+        raise LfmEdgeError("the logits are not finite: numbers overflow in this program; export with another "
+                           "--compute-dtype, such as float32")
     if temperature == 0.0:
         return int(logits.argmax())
     scaled = (logits - logits.max()).astype(np.float64) / temperature
@@ -36,8 +44,11 @@ def generate(session: Session, prompt: Sequence[int], *, max_tokens: int, stop: 
 
     Ends at a stop token (which is not given), after `max_tokens`, or when the context is full. When the iterator ends,
     the session has taken every token given and no other; closed early, at least all but the last. Raises LfmEdgeError
-    where the program cannot tell the logits of so many tokens.
+    where the program cannot tell the logits of so many tokens, for a temperature or a seed below 0, and where logits
+    are not finite.
     """
+    if not 0 <= temperature < math.inf or seed < 0:
+        raise LfmEdgeError(f"temperature {temperature}, seed {seed}: both must be at least 0, and finite")
     if lookahead and lookahead >= session.scored:
         raise LfmEdgeError(f"a lookahead of {lookahead}: " + (
             "this program tells the logits of a step's last token only" if session.scored == 1 else
@@ -83,17 +94,17 @@ def _generate(session: Session, prompt: list[int], max_tokens: int, stop: Sequen
 
 
 def text_pieces(tokenizer: TextTokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens as it becomes final: a character whose bytes are not all there yet waits."""
+    """The text of tokens for people as it becomes final: a character whose bytes are not all there yet waits."""
     ids: list[int] = []
     shown = 0
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids)
+        text = tokenizer.shown(ids)
         ready = len(text) if not text.endswith("\ufffd") else len(text.rstrip("\ufffd"))
         if ready > shown:
             yield text[shown:ready]
             shown = ready
-    rest = tokenizer.decode(ids)[shown:]
+    rest = tokenizer.shown(ids)[shown:]
     if rest:
         yield rest
 
@@ -102,17 +113,22 @@ class Chat:
     """A conversation through a chat template, over one session.
 
     Each turn renders the whole conversation; where the session holds a prefix of it already, only the rest
-    is prefilled.
+    is prefilled. What the model said is kept with every marker, of tool calls too.
 
     baked: the saved session of a system prompt, from which every conversation starts
+    tools: JSON schemas of the functions that the model may call
+    Raises LfmEdgeError where the chat template does not show tools to the model.
     """
 
     def __init__(self, session: Session, tokenizer: TextTokenizer, stop: Sequence[int],
-                 baked: Path | None = None) -> None:
+                 baked: Path | None = None, tools: Sequence[Any] | None = None) -> None:
+        if tools is not None:
+            check_shown(tools, tokenizer)
         self.session = session
         self.tokenizer = tokenizer
         self.stop = stop
         self.baked = baked
+        self.tools = tools
         self.messages: list[Message] = []
         self.reset()
 
@@ -155,14 +171,16 @@ class Chat:
         finally:
             self.save(file)
 
-    def answer(self, text: str, *, max_tokens: int, temperature: float = 0.0, seed: int = 0,
+    def answer(self, text: str, *, role: str = "user", max_tokens: int, temperature: float = 0.0, seed: int = 0,
                lookahead: int = 0) -> Iterator[str]:
         """Say something; the answer's text as it comes. The options are those of `generate`.
 
-        Raises ContextFull where the conversation no longer fits; it is then as it was before.
+        role: `tool` for what a function gave that the model called
+        Raises ContextFull where the conversation no longer fits, LfmEdgeError as `generate` does; it is then as it was
+        before.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        tokens = self.tokenizer.chat(messages)
+        messages = [*self.messages, {"role": role, "content": text}]
+        tokens = self.tokenizer.chat(messages, tools=self.tools)
         if len(tokens) > self.session.spec.context:
             raise ContextFull(f"the conversation is {len(tokens)} tokens long, the context holds "
                               f"{self.session.spec.context}; /reset begins anew")
@@ -180,7 +198,7 @@ class Chat:
         stream = generate(self.session, tokens[self.session.position:], max_tokens=max_tokens, stop=self.stop,
                           temperature=temperature, seed=seed, lookahead=lookahead)
         yield from text_pieces(self.tokenizer, remember(stream))
-        self.messages = [*messages, {"role": "assistant", "content": self.tokenizer.decode(said)}]
+        self.messages = [*messages, self.tokenizer.message(said)]
 
     def _start(self) -> list[Message]:
         """Bring the session to where a conversation starts; the messages that are part of it by then."""
@@ -193,3 +211,28 @@ class Chat:
         """Whether the session holds a beginning of `tokens`, and not all of them."""
         held = self.session.tokens
         return len(held) < len(tokens) and held == tokens[:len(held)]
+
+
+def read_tools(path: Path) -> list[Any]:
+    """JSON schemas of functions from a file that holds a list of them, or one.
+
+    Raises LfmEdgeError where the file is missing, no JSON, or holds something else.
+    """
+    try:
+        raw = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise LfmEdgeError(f"{path}: not JSON ({error})") from None
+    tools = raw if isinstance(raw, list) else [raw]
+    for tool in tools or [None]:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise LfmEdgeError(f"{path}: {json.dumps(tool)[:40]} is no function; expected a list of objects with name, "
+                               "description and parameters")
+    return tools
+
+
+def check_shown(tools: Sequence[Any], tokenizer: TextTokenizer) -> None:
+    """Raises LfmEdgeError where the chat template writes the same with `tools` as without."""
+    asked = [{"role": "user", "content": "."}]
+    if tokenizer.chat(asked, tools=tools) == tokenizer.chat(asked):
+        raise LfmEdgeError("tools: the chat template of this bundle does not show them to the model; leave them out")

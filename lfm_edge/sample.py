@@ -160,11 +160,15 @@ def _as_the_model_meets(tokenizer: TextTokenizer, prompt: Conversation) -> list[
     return tokenizer.chat(prompt)
 
 
-def whole_chunks(tokens: Sequence[int], chunk: int, context: int, first: int) -> tuple[list[int], ...]:
-    """Texts of whole chunks that fit a context, each with the token that texts begin with: what is left is left out."""
+def whole_chunks(tokens: Sequence[int], chunk: int, context: int, first: int | None) -> tuple[list[int], ...]:
+    """Texts of whole chunks that fit a context, each with the token that texts begin with, where they begin with one.
+
+    What is left over is left out.
+    """
+    begin = [] if first is None else [first]
     length = max(min(context, _WINDOW) // chunk, 1) * chunk
-    starts = range(0, len(tokens), length - 1)
-    texts = ([first, *tokens[start:start + length - 1]] for start in starts) if length > 1 else ([first],)
+    room = length - len(begin)
+    texts = ([*begin, *tokens[start:start + room]] for start in range(0, len(tokens), room)) if room else (begin,)
     return tuple(text[:len(text) // chunk * chunk] for text in texts if len(text) >= chunk)
 
 

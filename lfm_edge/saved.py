@@ -20,11 +20,10 @@ from safetensors import safe_open
 from lfm_edge.errors import BundleError
 from lfm_edge.files import replacing, text
 from lfm_edge.state import Snapshot, StateSpec
+from lfm_edge.tokenizer import Message
 
 FORMAT, VERSION = "lfm-edge session", "1"
 TOKENS = "tokens"
-
-Message = dict[str, str]
 
 _BEGINNING = b'{"__metadata__":{"sha256":"'
 _DIGEST_AT, _DIGEST_SIZE = 8 + len(_BEGINNING), 64
@@ -125,9 +124,20 @@ def _parsed(file: Any) -> SavedSession:
     messages = json.loads(metadata["messages"])
     if not isinstance(messages, list):
         raise ValueError("the messages are no list")
-    messages = tuple({"role": text(entry["role"]), "content": text(entry["content"])} for entry in messages)
+    messages = tuple(_message(entry) for entry in messages)
     origin = Origin(metadata["weights_sha256"], metadata["kv_scales_sha256"])
     return SavedSession(origin, Snapshot(spec, position, values, tuple(tokens.tolist())), messages)
+
+
+def _message(raw: dict[str, Any]) -> Message:
+    """tokens: what the model said, where its text alone does not tell"""
+    message: Message = {"role": text(raw["role"]), "content": text(raw["content"])}
+    if "tokens" not in raw:
+        return message
+    tokens = raw["tokens"]
+    if not isinstance(tokens, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in tokens):
+        raise ValueError("the tokens of a message are no list of tokens")
+    return {**message, "tokens": tokens}
 
 
 def _check_digest(file: BinaryIO) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import product
+from functools import cached_property
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,11 +17,22 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lfm_edge.errors import BundleError
+from lfm_edge.errors import BundleError, LfmEdgeError
 from lfm_edge.files import read_json_object
+from lfm_edge.typed import StandIns, mapped, respelled
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                   "special_tokens_map.json", "generation_config.json")
+TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, GENERATION_CONFIG)
+DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # as transformers names them
+
+Message = dict[str, Any]  # `role` and `content`, and what else a chat template reads
+
+# The tokens that tokenizer_config.json gives a purpose.
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TEMPLATE_NAME = re.compile(r"\w[\w.-]*")
+_PLAIN: list[Message] = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
 
 # Ids 0 to 15 of the published LFM2 / LFM2.5 vocabulary of 65,536 tokens.
 SPECIAL_TOKENS = (
@@ -92,52 +105,166 @@ def write_chatml_tokenizer(directory: Path, vocab_size: int) -> None:
 class TextTokenizer:
     """A tokenizer with its chat template, read from a directory of published files.
 
-    Chat templates come with the checkpoint and are not trusted: they run in jinja2's immutable sandbox.
+    It makes the tokens that transformers makes of the same files. Chat templates come with the checkpoint and are not
+    trusted: they run in jinja2's immutable sandbox.
 
+    templates: by name; template: the one that is taken without tools, None where there is none
     Raises BundleError where tokenizer.json is missing or unreadable.
     """
 
     def __init__(self, directory: Path) -> None:
-        path = directory / "tokenizer.json"
+        path = directory / TOKENIZER
         if not path.is_file():
             raise BundleError(f"{path}: no tokenizer; text needs one")
         try:
             self.backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise BundleError(f"{path}: not a tokenizer ({error})") from None
-        config = directory / "tokenizer_config.json"
-        self.config = read_json_object(config, BundleError) if config.is_file() else {}
-        template = directory / "chat_template.jinja"
+        self.config = _read_config(directory)
+        self.templates = chat_templates(directory, self.config, BundleError)
+        self.template = self.templates.get(DEFAULT_TEMPLATE)
+        self._respelled: dict[str, Tokenizer] = {}
+        self.backend.no_truncation()  # what training left there; the length of a text is the session's affair
+        self.backend.no_padding()
         try:
-            self.template = (template.read_text() if template.is_file()
-                             else default_template(self.config.get("chat_template")))
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{template}: not text ({error})") from None
+            _add_tokens(self.backend, self.config)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"{directory / TOKENIZER_CONFIG}: malformed tokens ({error})") from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; with `special`, what the tokenizer puts around a text (LFM2: a first token) is there."""
+        """Token ids of `text`; with `special`, what the tokenizer puts around a text (LFM2: a first token) is there.
+
+        Raises LfmEdgeError for text that has no UTF-8, such as bytes of another encoding on a command line.
+        """
+        _check_text(text)
         return self.backend.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special)
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
-    def chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> list[int]:
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of `ids` for people: markers that are content (of tool calls, of thinking) are there."""
+        return self.decode([token for token in ids if token not in self.structural], skip_special=False)
+
+    def named(self, purpose: str) -> int | None:
+        """The token with a purpose in tokenizer_config.json, such as `bos_token`; None where there is none."""
+        return self.backend.token_to_id(_content(self.config.get(purpose)))
+
+    @cached_property
+    def structural(self) -> frozenset[int]:
+        """Special tokens that are no content.
+
+        Those with a purpose in tokenizer_config.json (first, last, padding, unknown ...), and those that the chat
+        template puts around plain messages.
+        """
+        try:
+            around = self._render(_PLAIN)
+        except BundleError:  # a template of its own mind, or none
+            around = ""
+        named = {_content(self.config.get(name)) for name in _NAMED}
+        return frozenset(index for index, token in self.backend.get_added_tokens_decoder().items()
+                         if token.special and (token.content in named or token.content in around))
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """Ids of the tokens that templates and models write and nobody types, by their text.
+
+        Special tokens, and others that tokenizer.json adds where a chat template spells them.
+        """
+        spelled = "\0".join(self.templates.values())
+        return {token.content: index for index, token in self.backend.get_added_tokens_decoder().items()
+                if token.special or (token.content in spelled
+                                     and not token.content.isspace() and not token.content.isalnum())}
+
+    def message(self, ids: Sequence[int]) -> Message:
+        """What the model said, for `chat`: the text with every marker.
+
+        tokens: the ids, there where the text alone would be read as other control tokens than these
+        """
+        text = self.decode(ids, skip_special=False)
+        said: Message = {"role": "assistant", "content": text}
+        control = set(self.control.values())
+        read = [token for token in self.encode(text, special=False) if token in control]
+        return said if read == [token for token in ids if token in control] else {**said, "tokens": list(ids)}
+
+    def chat(self, messages: Sequence[Message], *, answer: bool = True,
+             tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of a conversation; with `answer`, up to where the assistant speaks next.
+
+        Control tokens that a message spells are text, but those that the assistant said.
+        tools: JSON schemas of the functions that the model may call, as the chat template takes them
 
         Raises BundleError where there is no chat template, or the template refuses.
         """
-        if self.template is None:
+        texts: list[str] = list(self.templates.values())
+        mapped([messages, tools], lambda text: texts.append(_check_text(text)) or text)
+        stand_ins = StandIns(self.backend, self.control, "\0".join(texts))
+        text = self._render([self._covered(message, stand_ins) for message in messages], answer=answer,
+                            tools=mapped(tools, stand_ins.cover))
+        if not stand_ins:
+            return self.encode(text, special=False)
+        if stand_ins.mark not in self._respelled:
+            self._respelled = {stand_ins.mark: respelled(self.backend, self.control, stand_ins.mark)}
+        return stand_ins.encode(text, self._respelled[stand_ins.mark])
+
+    def _covered(self, message: Message, stand_ins: StandIns) -> Message:
+        """A message with stand-ins for what spells control tokens and is none."""
+        if not isinstance(message, dict):
+            raise BundleError(f"a message of a conversation is {type(message).__name__}; expected an object with role "
+                              "and content")
+        if message.get("role") != "assistant":
+            return mapped(message, stand_ins.cover)
+        plain = {key: value for key, value in message.items() if key != "tokens"}
+        if "tokens" not in message:
+            return plain
+        control = set(self.control.values())
+        parts = [(is_control, self.decode(list(run), skip_special=False))
+                 for is_control, run in groupby(message["tokens"], control.__contains__)]
+        return {**plain, "content": "".join(text if is_control else stand_ins.cover(text)
+                                            for is_control, text in parts)}
+
+    def _render(self, messages: Sequence[Message], *, answer: bool = False, tools: Sequence[Any] | None = None) -> str:
+        """What the chat template makes of a conversation."""
+        template = self.templates.get(TOOL_TEMPLATE, self.template) if tools is not None else self.template
+        if template is None:
             raise BundleError("this bundle has no chat template; use `generate` with a plain prompt")
-        environment = _environment()
         tokens = {name: _content(self.config.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")}
         try:
-            text = environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=answer, tools=None, **tokens)
+            return _environment().from_string(template).render(
+                messages=messages, add_generation_prompt=answer, tools=tools, **tokens)
         except Exception as error:  # a template is foreign code; it can raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BundleError(f"chat template: {reason}") from None
-        return self.encode(text, special=False)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json; an older one has the tokens with a purpose in a file of their own."""
+    config, named = (read_json_object(path, BundleError) if path.is_file() else {}
+                     for path in (directory / TOKENIZER_CONFIG, directory / SPECIAL_TOKENS_MAP))
+    return config if "added_tokens_decoder" in config else config | named
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LfmEdgeError(f"the text is not UTF-8 (at character {error.start + 1})") from None
+    return text
+
+
+def _add_tokens(backend: Tokenizer, config: dict[str, Any]) -> None:
+    """Add tokens that tokenizer.json does not tell, or tells otherwise, as transformers does."""
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    entries = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    told = [AddedToken(**entry) for _, entry in entries]
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    more = more if isinstance(more, list) else more.values()
+    present = {"", *known, *(token.content for token in told)}
+    names = dict.fromkeys(map(_content, [*map(config.get, _NAMED), *more]))
+    told += [AddedToken(name, special=True, normalized=False) for name in names if name not in present]
+    backend.add_tokens([token for token in told if repr(token) != repr(known.get(token.content))])
+    backend.encode_special_tokens = config.get("split_special_tokens") is True
 
 
 class _Generation(Extension):
@@ -169,13 +296,32 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
+def chat_templates(directory: Path, config: dict[str, Any], failure: type[LfmEdgeError]) -> dict[str, str]:
+    """The chat templates of a directory by name, as transformers takes them: files before what the config holds.
+
+    config: of tokenizer_config.json, which has one text, or a list of named ones
+    Raises `failure` where one is no text.
+    """
+    files = {DEFAULT_TEMPLATE: directory / CHAT_TEMPLATE} if (directory / CHAT_TEMPLATE).is_file() else {}
+    files |= {path.stem: path for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))}
+    if files:
+        return {name: _read_template(path, failure) for name, path in files.items()}
+    held = config.get("chat_template")
+    if isinstance(held, list):
+        held = {entry.get("name"): entry.get("template") for entry in held if isinstance(entry, dict)}
+    templates = held if isinstance(held, dict) else {} if held is None else {DEFAULT_TEMPLATE: held}
+    for name, template in templates.items():
+        if not isinstance(template, str) or not _TEMPLATE_NAME.fullmatch(str(name)):
+            raise failure(f"{directory / TOKENIZER_CONFIG}: chat_template: {str(name)!r} is not a template with a name")
+    return templates
+
+
+def _read_template(path: Path, failure: type[LfmEdgeError]) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise failure(f"{path}: not text ({error})") from None
+
+
 def _content(token: Any) -> str:
     return token.get("content", "") if isinstance(token, dict) else str(token or "")
-
-
-def default_template(template: Any) -> str | None:
-    """The default template; published configs hold one text, or a list of named ones."""
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        return named.get("default")
-    return template

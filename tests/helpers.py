@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def save_checkpoint(directory: Path, *, dtype: torch.dtype = torch.float32, max_
     model.save_pretrained(directory, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     if tokenizer and model.config.vocab_size >= SMALLEST_VOCABULARY:
         write_chatml_tokenizer(Path(directory), model.config.vocab_size)
+        ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        (Path(directory) / "generation_config.json").write_text(json.dumps(ids))
     return Path(directory)
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -256,6 +257,73 @@ def test_bad_input_to_sensitivity_is_one_line(run, tmp_path, options, message):
     assert ended.returncode == 2
     assert message in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+# --- text, numbers and output that go wrong -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--temperature", "nan"]])
+@pytest.mark.parametrize("command", [["generate", "somewhere", "--prompt", "hi"], ["chat", "somewhere"]], ids=" ".join)
+def test_a_seed_or_a_temperature_that_is_none_is_a_usage_error(command, arguments):
+    run = without_torch(*command, *arguments)
+
+    assert run.returncode == 2
+    assert arguments[0] in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_prompt_that_is_no_utf_8_is_one_line(tiny_bundle):
+    ended = subprocess.run([sys.executable, "-m", "lfm_edge.cli", "generate", str(tiny_bundle.directory), "--prompt",
+                            b"caf\xe9"], capture_output=True, text=True, check=False)
+
+    assert the_line(ended) == "error: the text is not UTF-8 (at character 4)"
+
+
+PRINT = [["targets"], ["export", "--help"], ["inspect", "BUNDLE"]]
+
+
+def printing(arguments, bundle, **options):
+    command = [str(bundle) if argument == "BUNDLE" else argument for argument in arguments]
+    return subprocess.Popen([sys.executable, "-m", "lfm_edge.cli", *command], stderr=subprocess.PIPE, text=True,
+                            **options)
+
+
+@pytest.mark.parametrize("arguments", PRINT, ids=" ".join)
+def test_a_reader_that_has_gone_away_ends_every_command_quietly(bundle, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with printing(arguments, bundle, stdout=writing) as process:
+        os.close(writing)
+        said = process.stderr.read()
+
+    assert (process.returncode, said) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", PRINT, ids=" ".join)
+def test_an_output_that_is_full_is_one_line(bundle, arguments):
+    with Path("/dev/full").open("w") as full, printing(arguments, bundle, stdout=full) as process:
+        said = process.stderr.read()
+
+    assert (process.returncode, said) == (2, "error: standard output: cannot be written (No space left on device)\n")
+
+
+def test_an_output_that_was_closed_before_is_one_line(bundle):
+    script = f"exec '{sys.executable}' -m lfm_edge.cli targets >&-"
+    ended = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=False)
+
+    assert the_line(ended) == "error: standard output: is closed; give /dev/null to throw it away"
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(tmp_path):
+    """A path may have any, and a model may say any."""
+    fill_bundle(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"source": "漢"}))
+
+    ended = lfm_edge("inspect", tmp_path, env={"PYTHONIOENCODING": "ascii"})
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert r"\u6f22" in ended.stdout
 
 
 # --- good input ---------------------------------------------------------------------------------------------------

@@ -154,13 +154,20 @@ def test_end_of_text_is_one_id_or_several(value, ids):
 
 def test_published_defaults_where_a_key_is_absent_or_null():
     absent = read_without("num_key_value_heads")
-    null = read(**dict.fromkeys(("num_key_value_heads", "conv_L_cache", "norm_eps", "head_dim", "pad_token_id",
-                                 "bos_token_id", "max_position_embeddings", "full_attn_idxs")))
+    null = read(**dict.fromkeys(("num_key_value_heads", "conv_L_cache", "norm_eps", "head_dim",
+                                 "max_position_embeddings", "full_attn_idxs")))
 
     assert absent == null
     assert (absent.num_key_value_heads, absent.head_dim, absent.conv_taps, absent.conv_bias) == (4, 16, 3, False)
     assert (absent.bos_token_id, absent.eos_token_ids, absent.pad_token_id) == (1, (7,), 0)
     assert absent.max_position_embeddings == 128_000
+
+
+def test_a_token_that_is_null_is_not_there_and_stays_so():
+    config = read(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (None, (), None)
+    assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_head_width_is_free_where_it_is_given():

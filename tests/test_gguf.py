@@ -324,14 +324,12 @@ REFUSED_TOKENIZERS = {
         "another splitting of text than LFM2's"),
     "no splitting": (assign("pre_tokenizer", None), "another splitting of text than LFM2's"),
     "a first space": (assign("pre_tokenizer", pre_tokenizers.ByteLevel(True)), "another splitting of text"),
-    "a greedy added token": (lambda tokenizer: tokenizer.add_tokens([AddedToken("<|pad|>x", lstrip=True)]) and None,
+    "a greedy added token": (lambda tokenizer: tokenizer.add_tokens([AddedToken("!<", lstrip=True)]) and None,
                              "added tokens that take spaces with them"),
     "byte fallback": (with_raw(lambda raw: raw["model"].update(byte_fallback=True)), "byte fallback"),
     "two first tokens": (assign("post_processor", processors.TemplateProcessing(
         single="<|startoftext|> <|pad|> $A", special_tokens=[("<|startoftext|>", 1), ("<|pad|>", 0)])),
         r"puts \[1, 0, 80\] around \[80\]"),
-    "too many tokens": (lambda tokenizer: tokenizer.add_tokens(["<|pad|>y"]) and None,
-                        "has token 300, config.json a vocabulary of 300"),
 }
 
 
@@ -346,7 +344,7 @@ def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused_with_one_line(tm
 
 def test_many_ends_of_a_generation_are_refused(tmp_path):
     source = save_checkpoint(tmp_path / "model", eos_token_id=[7, 2, 5, 6])
-    with pytest.raises(ExportError, match=r"config\.json: 4 tokens end a generation; GGUF names 3$"):
+    with pytest.raises(ExportError, match=r"eos_token_id: 4 tokens end a generation; GGUF names 1 to 3"):
         export(source, target="gguf-q4", output=tmp_path / "bundle", context=64)
 
 

@@ -237,7 +237,7 @@ def text_for(bundle: Bundle, tasks: list[dict[str, Any]], length: int | None = N
         if len(tokens) >= count:
             break
         answer = tokenizer.encode(task["answer"], special=False)
-        tokens += [*tokenizer.chat(task["messages"]), *answer, manifest.config.eos_token_ids[0]]
+        tokens += [*tokenizer.chat(task["messages"]), *answer, *manifest.config.eos_token_ids[:1]]
     return tokens[:count] if len(tokens) >= count else sample_tokens(tokenizer, manifest.config.vocab_size, count)
 
 

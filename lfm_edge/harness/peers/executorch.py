@@ -63,7 +63,8 @@ class ExportLlm(Peer):
         config = ModelConfig.from_dict(read_json_object(checkpoint / "config.json", LfmEdgeError))
         convert_weights(str(checkpoint), _WEIGHTS)
         Path(_PARAMS).write_text(json.dumps(_params(config)))
-        metadata = json.dumps({"get_bos_id": config.bos_token_id, "get_eos_ids": list(config.eos_token_ids)})
+        begin = {} if config.bos_token_id is None else {"get_bos_id": config.bos_token_id}
+        metadata = json.dumps({**begin, "get_eos_ids": list(config.eos_token_ids)})
         told = {**arguments, "base.checkpoint": _WEIGHTS, "base.params": _PARAMS, "base.metadata": f"'{metadata}'",
                 "export.output_name": _PROGRAM, "hydra.run.dir": ".", "hydra.output_subdir": "null"}
         run_module("executorch.extension.llm.export.export_llm", *(f"{name}={value}" for name, value in told.items()))
