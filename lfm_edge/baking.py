@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,4 +65,6 @@ def bake(directory: Path, manifest: Manifest, prompt: SystemPrompt, progress: Pr
         session.prefill(prompt.tokens[start:start + session.chunk])
         progress.advance()
     session.save(directory / BAKED_PROMPT_FILE, prompt.messages)
+    del session
+    gc.collect()  # nothing of a bundle is open when it is sealed and renamed
     return replace(manifest, baked_prompt=BakedPrompt(BAKED_PROMPT_FILE, len(prompt.tokens)))

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -18,9 +13,10 @@ import torch
 
 from lfm_edge.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
-from lfm_edge.errors import BundleError, CheckpointError, ExportError, LfmEdgeError
-from lfm_edge.files import text
+from lfm_edge.errors import BundleError, CheckpointError, LfmEdgeError
+from lfm_edge.files import read_json_object, text
 from lfm_edge.model.weights import Weights
+from lfm_edge.output import new_directory
 from lfm_edge.quantization.calibration import KV_SCALES_FILE
 from lfm_edge.quantization.recipe import Recipe
 from lfm_edge.quantization.tensor import QuantizedTensor
@@ -34,8 +30,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
-
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -171,6 +165,11 @@ class Bundle:
         return self.directory / self.manifest.artifact
 
     @property
+    def files(self) -> list[Path]:
+        """The manifest and all that it lists."""
+        return [self.directory / name for name in (MANIFEST, *self.manifest.files)]
+
+    @property
     def artifact_files(self) -> list[dict[str, Any]]:
         """Size and SHA-256 of the artifact and of the files of external data that are named after it, in order."""
         return [entry for name, entry in sorted(self.manifest.files.items())
@@ -239,79 +238,20 @@ def open_bundle(directory: str | Path) -> Bundle:
     return Bundle.open(directory)
 
 
-@contextmanager
-def new_bundle(output: Path, force: bool) -> Iterator[Path]:
-    """A directory beside `output` to write a bundle into; renamed to `output` when the block ends well.
+def new_bundle(output: Path, force: bool) -> AbstractContextManager[Path]:
+    """A directory to write a bundle into, which is at `output` when the block ends well (see `output.new_directory`).
 
-    When it does not, however it ends, nothing is left and what was at `output` is as it was. Raises
-    ExportError where `output` exists (and is no bundle, or `force` is not given), or the disk is full.
+    force: replace the bundle that is there
     """
-    output = output.resolve()  # a link to a bundle stays a link; the bundle behind it is replaced
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    return new_directory(output, force, _is_bundle)
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a directory is one of ours, of any version, whole or damaged; other programs have a manifest.json too."""
     try:
-        _remove_abandoned(output)
-        _check_replaceable(output, force)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        _put_in_place(partial, output)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ExportError(f"{output}: no space left on the disk; nothing was written") from None
-        if error.errno in _UNWRITABLE:
-            raise ExportError(f"{error.filename or output}: cannot be written ({error.strerror})") from None
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_replaceable(output: Path, force: bool) -> None:
-    if not output.exists():
-        return
-    if not force:
-        raise ExportError(f"{output}: exists already; give --force to replace it")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise ExportError(f"{output}: is not a bundle; --force replaces bundles only")
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    """Rename a whole bundle to its place; an older one is moved aside first and removed last."""
-    if not output.exists():
-        partial.rename(output)
-        return
-    aside = output.parent / f".{output.name}.replaced-{os.getpid()}"
-    output.rename(aside)
-    try:
-        partial.rename(output)
-    except BaseException:
-        aside.rename(output)
-        raise
-    shutil.rmtree(aside)
-
-
-def _remove_abandoned(output: Path) -> None:
-    """Remove what exports to `output` left that were killed outright, and put back what one had moved aside."""
-    for left in output.parent.glob(f".{output.name}.*-*"):
-        match = re.fullmatch(re.escape(f".{output.name}.") + r"(partial|replaced)-(\d+)", left.name)
-        if match is None or _is_running(int(match[2])):
-            continue
-        if match[1] == "replaced" and not output.exists():
-            left.rename(output)
-        else:
-            shutil.rmtree(left)
-
-
-def _is_running(process: int) -> bool:
-    """Whether another process has this number. In a container, each export may be number 1."""
-    if process == os.getpid():
+        return {"schema_version", "target", "artifact", "files"} <= set(read_json_object(path / MANIFEST, BundleError))
+    except BundleError:
         return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def weights_digest(weights: Weights) -> str:

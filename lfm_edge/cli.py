@@ -17,18 +17,34 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from lfm_edge.errors import LfmEdgeError
+from lfm_edge.files import check_outputs, write_text
 from lfm_edge.presets import DEFAULT_MODEL
 from lfm_edge.stdout import checked_stdout
 
 if TYPE_CHECKING:
     from lfm_edge.bundle import Bundle
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+
+class _Commands(TyperGroup):
+    """Lets an interrupt (Ctrl-C) be one line."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err.print("interrupted")
+            raise typer.Exit(_SIGNALLED + signal.SIGINT) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  rich_markup_mode="rich",
                   help="Export LFM2 / LFM2.5 models to verified on-device bundles.\n\n"
                        "[bold]lfm-edge export --target android-q4 --model DIR --output out[/], then "
                        "[bold]verify[/], [bold]bench[/], [bold]generate[/] or [bold]chat[/] with it.")
+_SIGNALLED = 128  # the exit code of a command that a signal ended, without the signal's number
 out = Console()
 err = Console(stderr=True)
 
@@ -120,16 +136,14 @@ def export(
     _let_threads_sleep()
     from lfm_edge.exporting import export as run
 
-    if output is None:
-        output = Path(f"{model.removeprefix('random:').rstrip('/').rsplit('/', 1)[-1]}-{target}")
-    with _progress() as progress:
+    output = output or Path(f"{_name_of(model)}-{target}")
+    with _interruption_told(output), _progress() as progress:
         bundle = run(model, target=target, output=output, context=context, prefill_chunk=prefill_chunk,
                      group_size=group_size, head_bits=head_bits, compute_dtype=compute_dtype, kv_dtype=kv_dtype,
                      state=state, soc=soc, rounding=rounding, calibration=calibration, recipe=recipe,
                      bake_prompt=bake_prompt, force=force, progress=progress)
     _show_bundle(bundle)
-    where = escape(str(output))
-    out.print(f"\nwritten to [bold]{where}[/]; next: lfm-edge verify {where}", soft_wrap=True)
+    _say_written(output, f"; next: lfm-edge verify {_for_a_shell(output)}", before="\n")
 
 
 @app.command()
@@ -160,6 +174,7 @@ def verify(
     """
     _let_threads_sleep()
     opened = _open(bundle)
+    check_outputs({"--json": json_file}, [*opened.files, *filter(None, [text])])
     from lfm_edge.harness.tables import verification_tables
     from lfm_edge.harness.verify import verify as run
 
@@ -190,6 +205,7 @@ def sensitivity(
     limit = None if max_size is None else parse_bytes(max_size)
     if output is not None and limit is None:
         raise LfmEdgeError(f"--output {output}: there is a choice to write with --max-size only")
+    check_outputs({"--json": json_file, "--output": output}, [*filter(None, [text])])
     _let_threads_sleep()
     from lfm_edge.harness.sensitivity import analyse
     from lfm_edge.harness.tables import sensitivity_table
@@ -248,6 +264,7 @@ def bench(
     budget_bytes = parse_bytes(budget)
     limit_bytes = None if memory_limit is None else parse_bytes(memory_limit)
     opened = [_open(path) for path in bundles]
+    check_outputs({"--json": json_file}, [file for one in opened for file in one.files])
     from lfm_edge.harness.bench import Settings
     from lfm_edge.harness.bench import bench as run
     from lfm_edge.harness.bench_tables import bench_tables, budget_lines
@@ -282,7 +299,7 @@ def report(
 
     failed = write_report(results, output, junit, markdown)
     for path in filter(None, (output, junit, markdown)):
-        out.print(f"written to [bold]{escape(str(path))}[/]", soft_wrap=True)
+        _say_written(path)
     for check in failed:
         err.print(f"{check.subject}: {check.name}: {check.line}", soft_wrap=True, highlight=False, markup=False)
     if failed:
@@ -340,6 +357,7 @@ def chat(
     called.
     """
     opened = _open(bundle)
+    check_outputs({"--session": session}, opened.files)
     from lfm_edge.generation import Chat, read_tools
 
     functions = None if tools is None else read_tools(tools)
@@ -365,9 +383,14 @@ def chat(
 
 def main() -> None:
     """Entry point: errors of ours become one line and exit code 2; a kill cleans up as an interrupt does."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
+    elif isinstance(sys.stderr, TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding has not
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP: a terminal was closed
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(_SIGNALLED + number))
     try:
         with checked_stdout(_complain):
             app()
@@ -388,6 +411,44 @@ def _let_threads_sleep() -> None:
 
 def _complain(error: LfmEdgeError | str) -> None:
     err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _interruption_told(output: Path) -> Iterator[None]:
+    """Say of an interrupted export whether it was written."""
+    before = _inode(output)
+    try:
+        yield
+    except KeyboardInterrupt:
+        same = _inode(output) == before
+        err.print("interrupted; " + ("nothing written" if same else f"{output} is written"), markup=False,
+                  highlight=False, soft_wrap=True)
+        raise typer.Exit(_SIGNALLED + signal.SIGINT) from None
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Tells a directory from the one that took its place."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _name_of(model: str) -> str:
+    """What a bundle is called by default."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model.removeprefix("random:").rsplit("/", 1)[-1]
+
+
+def _say_written(path: Path, more: str = "", before: str = "") -> None:
+    out.print(f"{before}written to [bold]{escape(str(path))}[/]{escape(more)}", soft_wrap=True, highlight=False)
+
+
+def _for_a_shell(path: Path) -> str:
+    """A path as an argument in a shell."""
+    name = str(path)
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
 
 def _open(path: Path) -> Bundle:
@@ -419,8 +480,6 @@ def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None)
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
-    from lfm_edge.files import write_text
-
     write_text(path, json.dumps(result, indent=2) + "\n")
 
 

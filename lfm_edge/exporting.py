@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from lfm_edge.quantization.calibration import (
 from lfm_edge.quantization.recipe import GPTQ, GROUP_SIZES, HEAD_BITS, NEAREST, ROUNDINGS, MixedBits, Recipe
 from lfm_edge.quantization.recipe import recipe as recipe_of
 from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.quantization.tensor import QuantizedTensor, WeightsFile
 from lfm_edge.sample import (
     TEXT,
     Conversation,
@@ -125,7 +124,8 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     force: replace an existing bundle, once the new one is whole
 
     The bundle is written beside `output` and renamed when complete: an interrupted export leaves nothing,
-    and an existing bundle is never damaged. Raises LfmEdgeError for bad input.
+    and an existing bundle is never damaged. Raises LfmEdgeError for bad input, where another export is writing
+    `output`, where something else has come there meanwhile, and where the disk is full.
     """
     progress = progress or Progress()
     chosen = target_named(target)
@@ -148,37 +148,47 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout,
                           "float32" if compute_dtype == "int16" else compute_dtype)
     given = _prompts(chosen, calibration, chosen.calibrated or layout.needs_kv_scales or rounding == GPTQ)
-    with new_bundle(Path(output), force) as directory, tempfile.TemporaryFile(dir=directory) as file:
+    job = ExportJob(checkpoint.config, {}, bits, layout, compute_dtype, state, prefill_chunk, socs=socs,
+                    source=checkpoint.source, licence=checkpoint.licence)
+    with new_bundle(Path(output), force) as directory:
         checkpoint.copy_text_files(directory)
         prompt = None if bake_prompt is None else SystemPrompt.of(Path(bake_prompt), TextTokenizer(directory), context)
-        windows = _calibration_windows(checkpoint.config, directory, given) if rounding == GPTQ else None
-        progress.stage("quantize", len(checkpoint.names))
-        weights = quantize_checkpoint(checkpoint, bits, lambda _: progress.advance(), windows, file)
-        digest = weights_digest(weights)
-        texts: tuple[list[int], ...] = ()
-        if chosen.calibrated or layout.needs_kv_scales:
-            measured_on = partial(calibration_tokens, TextTokenizer(directory), checkpoint.config,
-                                  given or default_prompts(directory))
-            if layout.needs_kv_scales:
-                weights |= _kv_scales(checkpoint.config, layout, weights, bits, measured_on(MOST_KV_TOKENS),
-                                      directory, progress)
-            if chosen.calibrated:
-                texts = whole_chunks(measured_on(), prefill_chunk, context, checkpoint.config.bos_token_id)
-        job = ExportJob(checkpoint.config, weights, bits, layout, compute_dtype, state, prefill_chunk, texts, socs,
-                        checkpoint.source, checkpoint.licence)
-        artifact = chosen.exporter().export(job, directory, progress.stage)
+        with WeightsFile(directory.parent) as file:  # beside what is sealed, and closed before that is renamed
+            manifest, usage = _write(checkpoint, chosen, job, given, file, directory, progress)
         if socs:
-            weights.clear()
             _give_memory_back()  # the compilers need it
-            artifact.lowering.update(chosen.exporter().compile_for(socs, directory, progress.stage))
-        manifest = _manifest(checkpoint, chosen, job, artifact, digest)
+            compiled = chosen.exporter().compile_for(socs, directory, progress.stage)
+            manifest = replace(manifest, lowering=manifest.lowering | compiled)
         if prompt:
-            progress.stage("bake the prompt", -(-len(prompt.tokens) // job.prefill_chunk))
+            progress.stage("bake the prompt", -(-len(prompt.tokens) // prefill_chunk))
             manifest = bake(directory, manifest, prompt, progress)
         progress.stage("seal the bundle")
-        (directory / "README.md").write_text(_readme(manifest, artifact.usage))
+        (directory / "README.md").write_text(_readme(manifest, usage), "utf-8", "replace")
         manifest.write(directory)
     return Bundle.open(output)
+
+
+def _write(checkpoint: Checkpoint, target: Target, job: ExportJob, given: tuple[Conversation, ...] | None,
+           file: WeightsFile, directory: Path, progress: Progress) -> tuple[Manifest, str]:
+    """Quantize and write the artifact of a job without weights; the manifest, and how each client loads the artifact.
+
+    given: the user's prompts to calibrate on; file: for the quantized weights
+    """
+    config, state = job.config, job.state
+    windows = _calibration_windows(config, directory, given) if job.recipe.rounding == GPTQ else None
+    progress.stage("quantize", len(checkpoint.names))
+    weights = quantize_checkpoint(checkpoint, job.recipe, lambda _: progress.advance(), windows, file)
+    digest = weights_digest(weights)
+    texts: tuple[list[int], ...] = ()
+    if target.calibrated or state.needs_kv_scales:
+        measured_on = partial(calibration_tokens, TextTokenizer(directory), config, given or default_prompts(directory))
+        if state.needs_kv_scales:
+            weights |= _kv_scales(config, state, weights, job.recipe, measured_on(MOST_KV_TOKENS), directory, progress)
+        if target.calibrated:
+            texts = whole_chunks(measured_on(), job.prefill_chunk, state.context, config.bos_token_id)
+    job = replace(job, weights=weights, prompts=texts)
+    artifact = target.exporter().export(job, directory, progress.stage)
+    return _manifest(checkpoint, target, job, artifact, digest), artifact.usage
 
 
 def _give_memory_back() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import secrets
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +52,39 @@ def text(value: Any) -> str:
     return value
 
 
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path]) -> None:
+    """Raises LfmEdgeError where a file would be written over one that is read, or two over each other.
+
+    outputs: by the option that names them, `-` for standard output; a terminal or a pipe may be named twice
+    """
+    written: dict[str, Path] = {}
+    for option, path in outputs.items():
+        if path in (None, Path("-")) or _is_stream(path):
+            continue
+        if any(_is_same(path, source) for source in inputs):
+            raise LfmEdgeError(f"{option} {path}: would be written over a file that is read; give another one")
+        for other, place in written.items():
+            if _is_same(path, place):
+                raise LfmEdgeError(f"{option} {path}: {other} is the same file; give another one")
+        written[option] = path
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a terminal, a pipe, or a device."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)  # however it is spelled
+    except OSError:
+        return one.resolve() == other.resolve()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write and read, beside `path`, which takes its place when the block ends well.
@@ -59,13 +94,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     place = path.resolve()  # a link stays a link
     try:
-        if place.exists() and not place.is_file() and not place.is_dir():
+        if _is_stream(place):
             with place.open("wb") as file:
                 yield file
             return
-        partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
+        partial = place.with_name(f".partial-{secrets.token_hex(8)}")  # another thread may write it as well
         try:
-            with partial.open("w+b") as file:
+            with partial.open("x+b") as file:
                 yield file
             partial.replace(place)
         finally:

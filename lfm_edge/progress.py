@@ -48,9 +48,12 @@ class BarProgress(Progress):
         self.bars.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._finish()
-        self.bars.stop()
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Stop. The bar of a stage that ended in a failure stays where it was."""
+        if failure is None:
+            self._finish()
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            self.bars.stop()
 
     def stage(self, name: str, total: int | None = None) -> None:
         self._finish()

@@ -1,6 +1,5 @@
 """The quantizer: grids, errors, and what is quantized already."""
 
-import tempfile
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from lfm_edge.errors import ExportError
 from lfm_edge.quantization.activations import fake_quantize_rows
 from lfm_edge.quantization.recipe import Recipe, Scheme, recipe
 from lfm_edge.quantization.rounding import quantize, quantize_checkpoint, relative_error, round_to_nearest
-from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.quantization.tensor import QuantizedTensor, WeightsFile
 from tests.helpers import TINY
 
 SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(8, None)]
@@ -167,7 +166,7 @@ def test_activation_rounding_of_a_row_of_zeros_is_zero():
 def test_a_weight_in_a_file_is_the_same_before_and_after_it_was_let_go(tmp_path):
     weight = quantize(torch.randn(48, 96, generator=torch.Generator().manual_seed(3)), Scheme(4, 32))
     other = quantize(torch.randn(7, 32, generator=torch.Generator().manual_seed(4)), Scheme(8, None))
-    with tempfile.TemporaryFile(dir=tmp_path) as file:
+    with WeightsFile(tmp_path) as file:
         moved, other_moved = weight.moved_to(file), other.moved_to(file)
     for _ in range(2):  # read again from the file, which has no name any more
         for before, after in ((weight, moved), (other, other_moved)):

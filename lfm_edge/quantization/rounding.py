@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.errors import ExportError
 from lfm_edge.quantization.recipe import GPTQ, Recipe, Scheme
-from lfm_edge.quantization.tensor import LARGEST_MULTIPLE, QuantizedTensor, are_multiples
+from lfm_edge.quantization.tensor import LARGEST_MULTIPLE, QuantizedTensor, WeightsFile, are_multiples
 
 # Fractions of max|w| / (2**(bits-1) - 0.5) to try, plain round-to-nearest among them. Below 1 clips the largest
 # weight.
@@ -40,7 +39,7 @@ _MOST_LOST = 0.25  # of a weight's norm, to scales that are too coarse: 4 bits a
 
 
 def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe, progress: Callable[[str], None] = lambda name: None,
-                        windows: Tensor | None = None, file: BinaryIO | None = None,
+                        windows: Tensor | None = None, file: WeightsFile | None = None,
                         ) -> dict[str, Tensor | QuantizedTensor]:
     """Every weight of the model, quantized or in float32 as the recipe says, read one at a time.
 

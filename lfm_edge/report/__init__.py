@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lfm_edge.files import replacing, write_text
+from lfm_edge.files import check_outputs, replacing, write_text
 from lfm_edge.report.junit import junit_xml
 from lfm_edge.report.markdown import summary
 from lfm_edge.report.page import render
@@ -17,9 +17,11 @@ def write_report(results: Sequence[Path], output: Path, junit: Path | None = Non
     """Read results and write the page, and what else is asked for; returns the checks in them that failed.
 
     results: files, or directories of them
-    Raises LfmEdgeError where one cannot be read, and nothing is written then, or where a file cannot be written.
+    Raises LfmEdgeError where one cannot be read, or a file would be written over one of them or over another, and
+    nothing is written then, or where a file cannot be written.
     """
     read = read_results(results)
+    check_outputs({"--output": output, "--junit": junit, "--markdown": markdown}, [file.path for file in read])
     write_text(output, render(read))
     if junit is not None:
         with replacing(junit) as file:
