@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -94,22 +94,27 @@ class TextTokenizer:
 
     Chat templates come with the checkpoint and are not trusted: they run in jinja2's immutable sandbox.
 
+    listed: names of the files that may be read, where others in the directory may not; None for all
+
     Raises BundleError where tokenizer.json is missing or unreadable.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, listed: Container[str] | None = None) -> None:
+        def is_there(path: Path) -> bool:
+            return (listed is None or path.name in listed) and path.is_file()
+
         path = directory / "tokenizer.json"
-        if not path.is_file():
+        if not is_there(path):
             raise BundleError(f"{path}: no tokenizer; text needs one")
         try:
             self.backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise BundleError(f"{path}: not a tokenizer ({error})") from None
         config = directory / "tokenizer_config.json"
-        self.config = read_json_object(config, BundleError) if config.is_file() else {}
+        self.config = read_json_object(config, BundleError) if is_there(config) else {}
         template = directory / "chat_template.jinja"
         try:
-            self.template = (template.read_text() if template.is_file()
+            self.template = (template.read_text() if is_there(template)
                              else default_template(self.config.get("chat_template")))
         except (OSError, ValueError) as error:
             raise BundleError(f"{template}: not text ({error})") from None

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lfm_edge import export
-from lfm_edge.checkpoint import open_checkpoint
 from lfm_edge.errors import ContextFull
 from lfm_edge.generation import generate
 from lfm_edge.harness.quality import read_tasks
@@ -34,7 +33,7 @@ def test_an_awkward_sharded_model_is_verified(awkward_bundle):
 
 
 def test_prompts_of_one_token_and_of_exactly_the_context(tmp_path, awkward_bundle):
-    target, checkpoint = awkward_bundle.target, open_checkpoint(awkward_bundle.manifest.source)
+    target, checkpoint = awkward_bundle.target, awkward_bundle.source()
     exact = "float32" if "float32" in target.compute_dtypes else None
     bundle = export(checkpoint.source, target=target.name, output=tmp_path / "bundle", context=96, prefill_chunk=16,
                     compute_dtype=exact, kv_dtype="float32" if target.converts_kv else None)
