@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lfm_edge.errors import BundleError
 from lfm_edge.files import read_json_object
+from lfm_edge.sandbox import BoundedSandbox, limited_time
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "special_tokens_map.json", "generation_config.json")
@@ -92,7 +92,7 @@ def write_chatml_tokenizer(directory: Path, vocab_size: int) -> None:
 class TextTokenizer:
     """A tokenizer with its chat template, read from a directory of published files.
 
-    Chat templates come with the checkpoint and are not trusted: they run in jinja2's immutable sandbox.
+    Chat templates come with the checkpoint and are not trusted: they run in a sandbox, for a limited time.
 
     listed: names of the files that may be read, where others in the directory may not; None for all
 
@@ -137,8 +137,9 @@ class TextTokenizer:
         environment = _environment()
         tokens = {name: _content(self.config.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")}
         try:
-            text = environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=answer, tools=None, **tokens)
+            with limited_time():
+                text = environment.from_string(self.template).render(
+                    messages=messages, add_generation_prompt=answer, tools=None, **tokens)
         except Exception as error:  # a template is foreign code; it can raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BundleError(f"chat template: {reason}") from None
@@ -155,9 +156,9 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> BoundedSandbox:
     """What published chat templates expect: the same tags, filters and functions as in transformers."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
