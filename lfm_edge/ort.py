@@ -36,8 +36,6 @@ def load_on_cpu(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.
     try:
         with _linked_data(path, options):
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except BundleError:
-        raise
     except Exception as error:  # the binding raises a class of its own for each status
         raise BundleError(f"{path}: ONNX Runtime cannot load it ({error})") from None
 

@@ -108,7 +108,9 @@ class TextTokenizer:
             raise BundleError(f"{path}: no tokenizer; text needs one")
         try:
             self.backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises bare Exception
+        except BaseException as error:  # the Rust library raises bare Exception, and a BaseException where it panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise BundleError(f"{path}: not a tokenizer ({error})") from None
         config = directory / "tokenizer_config.json"
         self.config = read_json_object(config, BundleError) if is_there(config) else {}
