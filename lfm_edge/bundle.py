@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lfm_edge.checkpoint import Checkpoint, open_checkpoint
+from lfm_edge.checkpoint import RANDOM, Checkpoint, is_hub_id, open_checkpoint
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import BundleError, CheckpointError, LfmEdgeError
-from lfm_edge.files import read_json_object, text
+from lfm_edge.files import read_json_object, text, whole_number
+from lfm_edge.manifest_checks import check_manifest
 from lfm_edge.model.weights import Weights
 from lfm_edge.output import new_directory
 from lfm_edge.quantization.calibration import KV_SCALES_FILE
 from lfm_edge.quantization.recipe import Recipe
 from lfm_edge.quantization.tensor import QuantizedTensor
 from lfm_edge.saved import Origin
+from lfm_edge.sources import place_of
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import TARGETS, Target, target_named
 from lfm_edge.tokenizer import TextTokenizer
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
+NOT_SEALED = ("README.md", "LICENSE")  # for people: no runtime reads them, and whoever publishes a bundle edits them
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Manifest:
 
     compute_dtype: of activations and of all that is not quantized
     lowering: what the exporter tells about its work (delegates, operators left out)
-    source: the checkpoint as the user named it; source_sha256: its content
+    source: the checkpoint's name, which does not tell where it lies; source_sha256: its content
     weights_sha256: of the quantized integers and scales, the same for every target with this recipe
     activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
     scored: of how many of a step's last tokens the artifact gives the logits; 1 where a manifest does not say
@@ -103,21 +106,24 @@ class Manifest:
         if not path.is_file():
             raise BundleError(f"{directory}: not a bundle (no {MANIFEST})")
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(path.read_bytes())
             version = raw["schema_version"]
             if version != SCHEMA_VERSION:
                 raise BundleError(f"{path}: schema version {version}; this lfm-edge reads {SCHEMA_VERSION}")
             return cls(
                 target=text(raw["target"]), artifact=_inside(raw["artifact"], path),
                 compute_dtype=text(raw["compute_dtype"]), state_mode=text(raw["state_mode"]),
-                prefill_chunk=_positive(raw["prefill_chunk"]), scored=_positive(raw.get("scored", 1)),
+                prefill_chunk=whole_number(raw["prefill_chunk"], at_least=1),
+                scored=whole_number(raw.get("scored", 1), at_least=1),
                 config=ModelConfig.from_dict(raw["config"], f"{path}: config"), recipe=Recipe.from_dict(raw["recipe"]),
                 state=StateSpec.from_dict(raw["state"]),
-                lowering=raw["lowering"], source=text(raw["source"]), source_sha256=text(raw["source_sha256"]),
-                licence=text(raw["licence"]), weights_sha256=text(raw["weights_sha256"]), versions=raw["versions"],
-                activation_ranges={str(name): (float(low), float(high))
+                lowering=dict(raw["lowering"].items()),
+                source=text(raw["source"]), source_sha256=text(raw["source_sha256"]),
+                licence=text(raw["licence"]), weights_sha256=text(raw["weights_sha256"]),
+                versions=dict(raw["versions"].items()),
+                activation_ranges={name: (float(low), float(high))
                                    for name, (low, high) in raw["activation_ranges"].items()},
-                files={_inside(name, path): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+                files={_inside(name, path): {"bytes": whole_number(entry["bytes"]), "sha256": text(entry["sha256"])}
                        for name, entry in raw["files"].items()},
                 baked_prompt=_baked(raw["baked_prompt"], path) if "baked_prompt" in raw else None)
         except LfmEdgeError:
@@ -128,31 +134,35 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle directory."""
+    """An opened bundle directory. Only files that the manifest lists are used.
+
+    edited: those of the listed files that no runtime reads which are not as they were exported, or gone
+    """
 
     directory: Path
     manifest: Manifest
+    edited: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, directory: str | Path, *, check: bool = True) -> Bundle:
-        """Open a bundle; with `check`, every file is there, has its size and its hash.
+        """Open a bundle; with `check`, every file that a runtime reads is there, has its size and its hash.
 
-        Raises BundleError otherwise.
+        A file may be a link to wherever that content is, as in the cache of the hub's client. Raises BundleError where
+        the check fails, or the manifest holds a value that no export writes.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise BundleError(f"{directory}: no such bundle directory")
-        bundle = cls(directory, Manifest.read(directory))
-        if bundle.manifest.target not in TARGETS:
-            raise BundleError(f"{directory / MANIFEST}: unknown target '{bundle.manifest.target}'; "
+        manifest = Manifest.read(directory)
+        if manifest.target not in TARGETS:
+            raise BundleError(f"{directory / MANIFEST}: unknown target '{manifest.target}'; "
                               f"this lfm-edge knows {', '.join(TARGETS)}")
-        if not bundle.artifact_files:
-            raise BundleError(f"{directory / MANIFEST}: files does not list the artifact {bundle.manifest.artifact}")
-        if bundle.baked_prompt and bundle.manifest.baked_prompt.file not in bundle.manifest.files:
-            raise BundleError(f"{directory / MANIFEST}: files does not list {bundle.manifest.baked_prompt.file}")
-        if check:
-            bundle._check_files()
-        return bundle
+        try:
+            check_manifest(manifest, target_named(manifest.target))
+        except (ValueError, LfmEdgeError) as error:
+            raise BundleError(f"{directory / MANIFEST}: {error}") from None
+        bundle = cls(directory, manifest)
+        return replace(bundle, edited=bundle._check_files()) if check else bundle
 
     @property
     def target(self) -> Target:
@@ -170,10 +180,19 @@ class Bundle:
         return [self.directory / name for name in (MANIFEST, *self.manifest.files)]
 
     @property
+    def artifact_names(self) -> list[str]:
+        """The listed files that the artifact consists of, in order: itself, or all of its package.
+
+        A graph that has a folder to itself may have data in that folder only: all of that is the artifact's.
+        """
+        artifact = PurePosixPath(self.manifest.artifact)
+        place = artifact.parent if len(artifact.parts) > 1 else artifact
+        return sorted(name for name in self.manifest.files if PurePosixPath(name).is_relative_to(place))
+
+    @property
     def artifact_files(self) -> list[dict[str, Any]]:
-        """Size and SHA-256 of the artifact and of the files of external data that are named after it, in order."""
-        return [entry for name, entry in sorted(self.manifest.files.items())
-                if name.startswith(self.manifest.artifact)]
+        """Size and SHA-256 of each of them."""
+        return [self.manifest.files[name] for name in self.artifact_names]
 
     @property
     def artifact_bytes(self) -> int:
@@ -186,17 +205,31 @@ class Bundle:
         baked = self.manifest.baked_prompt
         return self.directory / baked.file if baked else None
 
+    def listed(self, name: str) -> Path:
+        """A file of the bundle. Raises BundleError where the manifest does not list it."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.directory / name}: is not part of this bundle (the manifest does not list it)")
+        return self.directory / name
+
     def tokenizer(self) -> TextTokenizer:
         """The bundle's tokenizer and chat template."""
-        return TextTokenizer(self.directory)
+        return TextTokenizer(self.directory, self.manifest.files)
 
     def source(self, model: str | Path | None = None) -> Checkpoint:
-        """The checkpoint that it was exported from. model: where that is now, if not where the manifest says
+        """The checkpoint that it was exported from.
 
+        model: where that is; if None, where it was when this user exported from it on this machine. A manifest is not
+            trusted and is followed nowhere, but for random weights.
         Raises CheckpointError where there is none, BundleError where it is another one.
         """
+        source = self.manifest.source
+        model = model or (source if source.startswith(RANDOM) else place_of(self.manifest.source_sha256))
+        if model is None:
+            raise CheckpointError(f"{self.directory}: was not exported on this machine, which does not know where its "
+                                  f"checkpoint '{source}' is; give "
+                                  + (f"--model {source}" if is_hub_id(source) else "its directory with --model"))
         try:
-            checkpoint = open_checkpoint(model or self.manifest.source)
+            checkpoint = open_checkpoint(model)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; --model says where the checkpoint of this bundle is now") from None
         if checkpoint.digest() != self.manifest.source_sha256:
@@ -219,18 +252,38 @@ class Bundle:
         session.origin = self.manifest.origin
         return session
 
-    def _check_files(self) -> None:
-        root = self.directory.resolve()
-        for name, expected in self.manifest.files.items():
-            path = self.directory / name
+    def _check_files(self) -> tuple[str, ...]:
+        """Hold every listed file against its size and hash; the names of those that may differ, and do."""
+        edited = []
+        for name in self.manifest.files:
+            try:
+                self._check_file(name)
+            except BundleError:
+                if name not in NOT_SEALED:
+                    raise
+                edited.append(name)
+        self._check_package()
+        return tuple(edited)
+
+    def _check_file(self, name: str) -> None:
+        path, expected = self.directory / name, self.manifest.files[name]
+        try:
             if not path.is_file():
                 raise BundleError(f"{path}: missing from the bundle")
-            if not path.resolve().is_relative_to(root):
-                raise BundleError(f"{path}: leads out of the bundle")
             if path.stat().st_size != expected["bytes"]:
                 raise BundleError(f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
             if _sha256(path) != expected["sha256"]:
                 raise BundleError(f"{path}: changed since the export (SHA-256 differs from the manifest's)")
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def _check_package(self) -> None:
+        """Where the artifact is a directory, which runtimes read as they find it, nothing else may be in it."""
+        for folder, folders, files in os.walk(self.artifact):
+            for name in (*files, *(one for one in folders if Path(folder, one).is_symlink())):
+                path = Path(folder, name)
+                if path.relative_to(self.directory).as_posix() not in self.manifest.files and name != ".DS_Store":
+                    raise BundleError(f"{path}: is not part of this bundle (the manifest does not list it); remove it")
 
 
 def open_bundle(directory: str | Path) -> Bundle:
@@ -270,21 +323,17 @@ def weights_digest(weights: Weights) -> str:
 
 
 def _inside(name: Any, manifest: Path) -> str:
-    """A path of the manifest, which must stay inside the bundle."""
+    """A path of the manifest, which must stay inside the bundle, and have one spelling."""
     path = PurePosixPath(str(name))
     if not isinstance(name, str) or not name or path.is_absolute() or ".." in path.parts or "\\" in name:
         raise BundleError(f"{manifest}: '{name}' leads out of the bundle")
+    if str(path) != name or not name.isprintable():
+        raise BundleError(f"{manifest}: '{name}' is no plain path of a file")
     return name
 
 
 def _baked(raw: dict[str, Any], manifest: Path) -> BakedPrompt:
-    return BakedPrompt(_inside(raw["file"], manifest), _positive(raw["tokens"]))
-
-
-def _positive(value: Any) -> int:
-    if int(value) < 1:
-        raise ValueError(f"{value} is not at least 1")
-    return int(value)
+    return BakedPrompt(_inside(raw["file"], manifest), whole_number(raw["tokens"], at_least=1))
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -42,8 +42,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_ONCE = 4096
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 TASKS_FILE = "tasks.json"
+RANDOM = "random:"  # before a preset's name
 
 
 class Checkpoint(ABC):
@@ -51,11 +53,16 @@ class Checkpoint(ABC):
 
     config: the model's dimensions
     source: what the user asked for
+    name: what a bundle calls it, which does not tell where it lies: the last part of its directory's path,
+        `owner/name@commit`, or `random:PRESET`
+    place: where it is found again, from whatever directory: a whole path, or the name
     licence: the licence that its card names, or `unknown`
     """
 
     config: ModelConfig
     source: str
+    name: str
+    place: str
     licence: str = "unknown"
 
     @abstractmethod
@@ -89,11 +96,15 @@ class DirectoryCheckpoint(Checkpoint):
     The headers are checked when it is opened: every tensor of the model is there, with the shape that
     config.json implies, in a known dtype. Raises CheckpointError or ConfigError otherwise.
     A head that is stored and is not the embedding makes an untied model, whatever config.json says.
+
+    hub_name: `owner/name@commit`, where it was fetched from the hub
     """
 
-    def __init__(self, directory: Path, source: str | None = None) -> None:
+    def __init__(self, directory: Path, source: str | None = None, hub_name: str | None = None) -> None:
         self.directory = directory
         self.source = source or str(directory)
+        self.name = hub_name or directory.resolve().name
+        self.place = hub_name or str(directory.absolute())
         _refuse_adapters(directory)
         path = directory / "config.json"
         if not path.is_file() and any(directory.glob("*.gguf")):
@@ -220,7 +231,7 @@ class RandomCheckpoint(Checkpoint):
     def __init__(self, preset: str, seed: int = 0) -> None:
         if preset not in PRESETS:
             raise CheckpointError(f"random:{preset}: unknown preset; known are {', '.join(sorted(PRESETS))}")
-        self.source = f"random:{preset}"
+        self.source = self.name = self.place = f"random:{preset}"
         self.config = ModelConfig.from_dict(PRESETS[preset][0])
         self.licence = "none (random weights)"
         self.seed = seed
@@ -246,35 +257,49 @@ class RandomCheckpoint(Checkpoint):
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open a local directory, a hub id (`owner/name`), or `random:PRESET`.
+    """Open a local directory, a hub id (`owner/name`, or `owner/name@REVISION`), or `random:PRESET`.
 
     Raises CheckpointError or ConfigError with one line that says what is wrong.
     """
     text = str(model)
-    if text.startswith("random:"):
-        return RandomCheckpoint(text.removeprefix("random:"))
+    if text.startswith(RANDOM):
+        return RandomCheckpoint(text.removeprefix(RANDOM))
     path = Path(text).expanduser()
     if path.is_dir():
         return DirectoryCheckpoint(path, text)
     if path.exists():
         raise CheckpointError(f"{text}: a checkpoint is a directory with config.json and safetensors files"
                               + _GGUF_HINT * (path.suffix == ".gguf"))
-    if not _HUB_ID.fullmatch(text):
-        raise CheckpointError(f"{text}: no such directory, and not a hub id (owner/name) or random:PRESET")
-    return DirectoryCheckpoint(_download(text), text)
+    if not is_hub_id(text):
+        raise CheckpointError(f"{text}: no such directory, and not a hub id (owner/name or owner/name@REVISION) or "
+                              "random:PRESET")
+    repository, _, revision = text.partition("@")
+    directory = _download(repository, revision or None)
+    commit = directory.name if _COMMIT.fullmatch(directory.name) else revision
+    return DirectoryCheckpoint(directory, text, f"{repository}@{commit}" if commit else repository)
 
 
-def _download(repository: str) -> Path:
-    """Fetch the files of a checkpoint from the hub into its own cache, resuming what is there already."""
+def is_hub_id(text: str) -> bool:
+    """Whether this is `owner/name` or `owner/name@REVISION`."""
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    """Fetch the files of a checkpoint from the hub into its own cache, resuming what is there already.
+
+    revision: a branch, a tag or a commit; what the hub has now where None is given
+    Returns the directory of one commit, which is named after it.
+    """
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", "LICENSE", "README.md", *TOKENIZER_FILES,
               f"{MORE_TEMPLATES}/*.jinja"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{repository}: cannot be fetched from the hub ({reason}); "
+        wanted_id = f"{repository}@{revision}" if revision else repository
+        raise CheckpointError(f"{wanted_id}: cannot be fetched from the hub ({reason}); "
                               "without a network, give a local directory or random:PRESET") from None
 
 

@@ -48,8 +48,9 @@ _SIGNALLED = 128  # the exit code of a command that a signal ended, without the 
 out = Console()
 err = Console(stderr=True)
 
-Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id (owner/name), or random:PRESET for random "
-                                         "weights at a published size, such as random:lfm2.5-1.2b.")]
+Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id (owner/name, or owner/name@REVISION), or "
+                                         "random:PRESET for random weights at a published size, such as "
+                                         "random:lfm2.5-1.2b.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory, as `export` writes it.", show_default=False)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON as well; - for standard output "
                                                                "in place of the table.", show_default=False)]
@@ -156,8 +157,8 @@ def inspect(bundle: BundlePath) -> None:
 def verify(
     bundle: BundlePath,
     json_file: JsonFile = None,
-    model: Annotated[str | None, typer.Option(help="Where the checkpoint is now, if not where the manifest says.",
-                                              show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Where the checkpoint is, if not where this machine exported it "
+                                                   "from.", show_default=False)] = None,
     threads: Threads = None,
     soc: Annotated[str | None, typer.Option(help="Which of the chips that an NPU bundle was compiled for. (default: "
                                                  "the one of this device, or the first)", show_default=False)] = None,
@@ -181,6 +182,9 @@ def verify(
     with _progress() as progress:
         result = run(opened, model=model, threads=threads, soc=soc, tokens=tokens, text=text, progress=progress)
     _render(verification_tables(result), result.to_dict(_command()), json_file)
+    if opened.edited:
+        err.print(f"{bundle}: edited since the export, and read by no runtime: {', '.join(opened.edited)}",
+                  highlight=False, markup=False, soft_wrap=True)
     if not result.passed:
         err.print("verify: FAILED")
         raise typer.Exit(1)
@@ -248,8 +252,8 @@ def bench(
              "onnxruntime-genai, mlx-lm. Each builds from the bundle's checkpoint, with options as near to the "
              "bundle's as it has; what it built stays in the cache. The table says what is not equal. PEER=BUNDLE "
              "builds for that bundle alone, and holds all of them against it.")] = None,
-    model: Annotated[str | None, typer.Option(help="Where the checkpoint is now that peers are built from, if not "
-                                                   "where the manifest says.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Where the checkpoint is that peers are built from, if not where "
+                                                   "this machine exported it from.", show_default=False)] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure load time, time to first token, tokens per second and memory.

@@ -1,8 +1,16 @@
 """Errors that a user can act on: each is one line that says what was wrong, where, and what to do."""
 
+_LONGEST = 1000  # characters of a message
+
 
 class LfmEdgeError(Exception):
-    """Base of every error raised on purpose. The command line prints it and exits with code 2."""
+    """Base of every error raised on purpose. The command line prints it and exits with code 2.
+
+    Messages quote files that are not trusted. As text each is one line of some length, whatever it quotes.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class CheckpointError(LfmEdgeError):
@@ -23,3 +31,10 @@ class ExportError(LfmEdgeError):
 
 class ContextFull(LfmEdgeError):
     """More tokens were given than the context holds; the session is unchanged."""
+
+
+def one_line(text: str) -> str:
+    """Text from elsewhere for a line of a terminal: what does not print is escaped, the middle of much is left out."""
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST // 2]} [...] {text[-_LONGEST // 2:]}"
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

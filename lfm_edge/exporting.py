@@ -46,6 +46,7 @@ from lfm_edge.sample import (
     windows_of,
 )
 from lfm_edge.socs import DEFAULT_SOC, Soc, socs_named
+from lfm_edge.sources import remember
 from lfm_edge.state import StateSpec
 from lfm_edge.targets import Target, target_named
 from lfm_edge.tokenizer import TextTokenizer
@@ -165,6 +166,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
         progress.stage("seal the bundle")
         (directory / "README.md").write_text(_readme(manifest, usage), "utf-8", "replace")
         manifest.write(directory)
+    remember(manifest.source_sha256, checkpoint.place)
     return Bundle.open(output)
 
 
@@ -281,7 +283,7 @@ def _manifest(checkpoint: Checkpoint, target: Target, job: ExportJob, artifact: 
         target=target.name, artifact=artifact.path, compute_dtype=job.compute_dtype, state_mode=job.state_mode,
         prefill_chunk=job.prefill_chunk, scored=artifact.scored,
         config=job.config, recipe=job.recipe, state=job.state, lowering=artifact.lowering,
-        source=checkpoint.source, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
+        source=checkpoint.name, source_sha256=checkpoint.digest(), licence=checkpoint.licence,
         weights_sha256=digest, activation_ranges=artifact.activation_ranges,
         versions={"lfm-edge": lfm_edge.__version__,
                   **{package: importlib.metadata.version(package) for package in ("torch", *target.requires)}})
@@ -294,7 +296,7 @@ def _readme(manifest: Manifest, usage: str) -> str:
 `{manifest.baked_prompt.file}` holds the state after the system prompt: the tensors by their names, caches cut to its
 {manifest.baked_prompt.tokens} tokens. An app that copies them into its own state goes on at that position.
 """ if manifest.baked_prompt else ""
-    name = Path(manifest.source).name
+    name = Path(manifest.source).name.partition("@")[0]  # the commit of a hub's model is for the manifest
     return f"""# {name} for {manifest.target}
 
 Made by lfm-edge {manifest.versions["lfm-edge"]} from `{name}` (licence: {manifest.licence}).

@@ -85,6 +85,13 @@ def _is_same(one: Path, other: Path) -> bool:
         return one.resolve() == other.resolve()
 
 
+def whole_number(value: Any, at_least: int = 0) -> int:
+    """A value of a JSON file that must be an integer. Raises ValueError where it is something else, or smaller."""
+    if type(value) is not int or value < at_least:
+        raise ValueError(f"{value!r} is no whole number from {at_least} on")
+    return value
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write and read, beside `path`, which takes its place when the block ends well.

@@ -12,7 +12,7 @@ from typing import Any
 from lfm_edge.checkpoint import TASKS_FILE
 from lfm_edge.config import ModelConfig
 from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.files import read_text
+from lfm_edge.files import read_text, text
 from lfm_edge.tokenizer import TextTokenizer
 
 LEAST_CALIBRATION_TOKENS = 256
@@ -114,9 +114,11 @@ def read_tasks(directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [{"task": str(task["task"]), "messages": task["messages"], "answer": str(task["answer"])}
+        return [{"task": text(task["task"]), "answer": text(task["answer"]),
+                 "messages": [{"role": text(message["role"]), "content": text(message["content"])}
+                              for message in task["messages"]]}
                 for task in json.loads(path.read_text())]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path}: malformed ({error})") from None
 
 

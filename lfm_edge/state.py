@@ -6,6 +6,7 @@ the memory, so a session can be snapshotted, restored and saved without asking t
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from contextlib import suppress
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 
 from lfm_edge.config import ModelConfig
-from lfm_edge.errors import BundleError
+from lfm_edge.errors import BundleError, LfmEdgeError
+from lfm_edge.files import text, whole_number
 from lfm_edge.targets import StateLayout
 
 REPLACE = "replace"
 APPEND = "append"
+KINDS = ("conv", "key", "value", "key_scale", "value_scale", "key_zero_point", "value_zero_point")
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+MOST_BYTES = 1 << 40  # of a state that is read from a file
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,17 @@ class StateTensor:
     @property
     def nbytes(self) -> int:
         """Bytes that this tensor takes."""
-        return int(torch.Size(self.shape).numel()) * self.torch_dtype.itemsize
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
     def fresh(self) -> torch.Tensor:
-        """The tensor of a session at position 0."""
-        if self.initial == 0 and self.nbytes > 0:
-            return torch.frombuffer(_zeroed_pages(self.nbytes), dtype=self.torch_dtype).view(self.shape)
-        return torch.full(self.shape, self.initial, dtype=self.torch_dtype)
+        """The tensor of a session at position 0. Raises LfmEdgeError where the system does not give the memory."""
+        try:
+            if self.initial == 0 and self.nbytes > 0:
+                return torch.frombuffer(_zeroed_pages(self.nbytes), dtype=self.torch_dtype).view(self.shape)
+            return torch.full(self.shape, self.initial, dtype=self.torch_dtype)
+        except (OSError, RuntimeError, MemoryError, OverflowError):
+            raise LfmEdgeError(f"{self.name}: this machine has no {self.nbytes:,} bytes of memory for it; export with "
+                               "a smaller --context") from None
 
 
 def _zeroed_pages(nbytes: int) -> mmap.mmap:
@@ -195,12 +204,39 @@ class StateSpec:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> StateSpec:
-        """Read the layout from a manifest or a saved session. Raises ValueError where it is malformed."""
+        """Read the layout from a manifest or a saved session.
+
+        Raises ValueError where it is malformed, has a tensor of a kind or type that is not known or the same twice, or
+        would take more than MOST_BYTES.
+        """
         try:
-            tensors = tuple(StateTensor(**{**entry, "shape": tuple(entry["shape"])}) for entry in raw["tensors"])
-            return cls(tensors, int(raw["context"]))
-        except (KeyError, TypeError, ValueError) as error:
+            spec = cls(tuple(_tensor(entry) for entry in raw["tensors"]), whole_number(raw["context"], at_least=1))
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"the state layout is malformed ({error})") from None
+        if len({tensor.name for tensor in spec.tensors}) < len(spec.tensors):
+            raise ValueError("the state layout has two tensors of one name")
+        if spec.nbytes > MOST_BYTES:
+            raise ValueError(f"the state layout has {spec.nbytes:,} bytes")
+        return spec
+
+
+def _tensor(raw: dict[str, Any]) -> StateTensor:
+    """One entry of a layout, each value of the kind that it must be. Raises ValueError, KeyError or TypeError."""
+    tensor = StateTensor(text(raw["name"]), whole_number(raw["layer"]), _one_of(KINDS, raw["kind"]),
+                         tuple(whole_number(size) for size in raw["shape"]), _one_of(DTYPES, raw["dtype"]),
+                         _one_of((REPLACE, APPEND), raw["update"]), float(raw.get("initial", 0.0)),
+                         whole_number(raw.get("axis", 1)))
+    if not math.isfinite(tensor.initial):
+        raise ValueError(f"{tensor.name} begins with {tensor.initial}")
+    if not 2 <= len(tensor.shape) <= 4 or tensor.axis >= len(tensor.shape):
+        raise ValueError(f"{tensor.name} has {len(tensor.shape)} dimensions, and positions along number {tensor.axis}")
+    return tensor
+
+
+def _one_of(known: tuple[str, ...], value: Any) -> str:
+    if value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return value
 
 
 @dataclass(frozen=True)

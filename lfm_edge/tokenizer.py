@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from itertools import groupby, product
@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lfm_edge.errors import BundleError, LfmEdgeError
 from lfm_edge.files import read_json_object
+from lfm_edge.sandbox import BoundedSandbox, limited_time
 from lfm_edge.typed import StandIns, mapped, respelled
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -106,22 +106,26 @@ class TextTokenizer:
     """A tokenizer with its chat template, read from a directory of published files.
 
     It makes the tokens that transformers makes of the same files. Chat templates come with the checkpoint and are not
-    trusted: they run in jinja2's immutable sandbox.
+    trusted: they run in a sandbox, for a limited time.
+
+    listed: names of the files that may be read, where others in the directory may not; None for all
 
     templates: by name; template: the one that is taken without tools, None where there is none
     Raises BundleError where tokenizer.json is missing or unreadable.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, listed: Container[str] | None = None) -> None:
         path = directory / TOKENIZER
-        if not path.is_file():
+        if not _is_there(directory, TOKENIZER, listed):
             raise BundleError(f"{path}: no tokenizer; text needs one")
         try:
             self.backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises bare Exception
+        except BaseException as error:  # the Rust library raises bare Exception, and a BaseException where it panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise BundleError(f"{path}: not a tokenizer ({error})") from None
-        self.config = _read_config(directory)
-        self.templates = chat_templates(directory, self.config, BundleError)
+        self.config = _read_config(directory, listed)
+        self.templates = chat_templates(directory, self.config, BundleError, listed)
         self.template = self.templates.get(DEFAULT_TEMPLATE)
         self._respelled: dict[str, Tokenizer] = {}
         self.backend.no_truncation()  # what training left there; the length of a text is the session's affair
@@ -231,17 +235,22 @@ class TextTokenizer:
             raise BundleError("this bundle has no chat template; use `generate` with a plain prompt")
         tokens = {name: _content(self.config.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")}
         try:
-            return _environment().from_string(template).render(
-                messages=messages, add_generation_prompt=answer, tools=tools, **tokens)
+            with limited_time():
+                return _environment().from_string(template).render(
+                    messages=messages, add_generation_prompt=answer, tools=tools, **tokens)
         except Exception as error:  # a template is foreign code; it can raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BundleError(f"chat template: {reason}") from None
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _is_there(directory: Path, name: str, listed: Container[str] | None) -> bool:
+    return (listed is None or name in listed) and (directory / name).is_file()
+
+
+def _read_config(directory: Path, listed: Container[str] | None) -> dict[str, Any]:
     """tokenizer_config.json; an older one has the tokens with a purpose in a file of their own."""
-    config, named = (read_json_object(path, BundleError) if path.is_file() else {}
-                     for path in (directory / TOKENIZER_CONFIG, directory / SPECIAL_TOKENS_MAP))
+    config, named = (read_json_object(directory / name, BundleError) if _is_there(directory, name, listed) else {}
+                     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP))
     return config if "added_tokens_decoder" in config else config | named
 
 
@@ -277,9 +286,9 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> BoundedSandbox:
     """What published chat templates expect: the same tags, filters and functions as in transformers."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
@@ -296,14 +305,17 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def chat_templates(directory: Path, config: dict[str, Any], failure: type[LfmEdgeError]) -> dict[str, str]:
+def chat_templates(directory: Path, config: dict[str, Any], failure: type[LfmEdgeError],
+                   listed: Container[str] | None = None) -> dict[str, str]:
     """The chat templates of a directory by name, as transformers takes them: files before what the config holds.
 
     config: of tokenizer_config.json, which has one text, or a list of named ones
+    listed: names of the files that may be read; None for all
     Raises `failure` where one is no text.
     """
-    files = {DEFAULT_TEMPLATE: directory / CHAT_TEMPLATE} if (directory / CHAT_TEMPLATE).is_file() else {}
-    files |= {path.stem: path for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))}
+    files = {DEFAULT_TEMPLATE: directory / CHAT_TEMPLATE} if _is_there(directory, CHAT_TEMPLATE, listed) else {}
+    files |= {path.stem: path for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))
+              if _is_there(directory, f"{MORE_TEMPLATES}/{path.name}", listed)}
     if files:
         return {name: _read_template(path, failure) for name, path in files.items()}
     held = config.get("chat_template")

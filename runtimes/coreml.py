@@ -26,13 +26,17 @@ Features = dict[str, np.ndarray]
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's package. (Core ML takes no number of threads, and the target says so.)"""
-    host = Predicted(bundle.artifact) if sys.platform == "darwin" else Evaluated(bundle.artifact)
+    host = Predicted(bundle.artifact) if sys.platform == "darwin" else Evaluated(_program(bundle), bundle.artifact)
     return CoreMlSession(bundle, host)
 
 
 def stored_constants(bundle: Bundle) -> set[bytes]:
     """SHA-256 of every quantized weight in the package, as what it dequantizes to, in float32."""
-    return {hashlib.sha256(values.tobytes()).digest() for _, values in MilProgram.load(bundle.artifact).constants()}
+    return {hashlib.sha256(values.tobytes()).digest() for _, values in _program(bundle).constants()}
+
+
+def _program(bundle: Bundle) -> MilProgram:
+    return MilProgram.load(bundle.artifact, listed={bundle.directory / name for name in bundle.artifact_names})
 
 
 class Host(Protocol):
@@ -49,8 +53,8 @@ class Evaluated:
 
     remark = _EVALUATED
 
-    def __init__(self, package: Path) -> None:
-        self.functions = MilProgram.load(package).functions
+    def __init__(self, program: MilProgram, package: Path) -> None:
+        self.functions = program.functions
         if _DECODE not in self.functions:
             raise BundleError(f"{package}: has no function '{_DECODE}'")
         self.states = {name: np.zeros(kind.shape, kind.dtype)

@@ -25,7 +25,7 @@ import inspect
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,16 @@ class MilProgram:
         self._weights = weights
 
     @classmethod
-    def load(cls, package: Path, widen: bool = False) -> MilProgram:
+    def load(cls, package: Path, widen: bool = False, listed: Container[Path] = ()) -> MilProgram:
         """Read the program of a package. Weights stay in the file until they are needed.
 
         widen: float32 in the place of fp16, as described above
+        listed: files of the package that may be links to somewhere else, as their content was checked
         Raises BundleError for a package that is missing or damaged, that holds another kind of model, or whose
         program has ops without an evaluator.
         """
         try:
-            return _Reader(Path(package), widen).program()
+            return _Reader(Path(package), widen, listed).program()
         except BundleError:
             raise
         except Exception as error:  # protobuf and numpy raise what they like on damaged files
@@ -259,8 +260,8 @@ def _value(constant: Any) -> Any:
 class _Reader:
     """Makes a program of the files of a package."""
 
-    def __init__(self, package: Path, widen: bool) -> None:
-        self.package, self.widen = package, widen
+    def __init__(self, package: Path, widen: bool, listed: Container[Path]) -> None:
+        self.package, self.widen, self.listed = package, widen, listed
         self.room = _Room(KEPT_BYTES)
         self.files: dict[str, np.ndarray] = {}
         self.shared: dict[Any, Any] = {}  # the constants of all functions, by what they are made of
@@ -290,7 +291,7 @@ class _Reader:
 
     def inside(self, directory: Path, name: str) -> Path:
         path = directory / name
-        if not path.resolve().is_relative_to(self.package.resolve()):
+        if path not in self.listed and not path.resolve().is_relative_to(self.package.resolve()):
             raise self.error(f"{name} leads out of the package")
         if not path.is_file():
             raise self.error(f"{name} is missing")

@@ -39,6 +39,7 @@ _PIECE = 1 << 24  # bytes copied at once
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's graph. threads: of this session; None for the cores of this machine"""
     manifest = bundle.manifest
+    ort.check_graph(bundle, bundle.artifact)
     graph = packed_graph(bundle)
     with loading(graph.parent) as others:
         program = load(graph, threads)
@@ -52,9 +53,9 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
 def stored_constants(bundle: Bundle) -> set[bytes]:
     """SHA-256 of every constant of the bundle's graph.
 
-    Raises BundleError where the graph is unreadable, or refers to data outside its directory.
+    Raises BundleError where the graph is unreadable, or refers to data that the bundle does not list.
     """
-    return set(ort.constants(bundle.artifact))
+    return set(ort.constants(bundle, bundle.artifact))
 
 
 def load(path: Path, threads: int | None = None, pack_into: Path | None = None) -> onnxruntime.InferenceSession:

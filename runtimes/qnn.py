@@ -25,6 +25,9 @@ def open_session(bundle: Bundle, threads: int | None = None, soc: str | None = N
     soc: one of the bundle's chips; without it the one of this device, or the first
     """
     chip = chip_of(bundle, soc)
+    for name in bundle.artifact_names:
+        if name.endswith(".onnx"):
+            ort.check_graph(bundle, bundle.directory / name)
     host = Simulated(bundle.artifact, chip) if htp.is_simulated() else Device(bundle.artifact, chip)
     embed = Embedding(bundle.artifact / "embedding.onnx")
     manifest = bundle.manifest
@@ -55,10 +58,10 @@ def chip_of(bundle: Bundle, name: str | None) -> Soc:
 def stored_constants(bundle: Bundle) -> set[bytes]:
     """SHA-256 of every constant in the bundle's graphs. (What they were compiled to cannot be read.)
 
-    Raises BundleError where a graph is unreadable, or refers to data outside its directory.
+    Raises BundleError where a graph is unreadable, or refers to data that the bundle does not list.
     """
     graphs = [bundle.artifact / "embedding.onnx", *sorted((bundle.artifact / "graphs").glob("*.onnx"))]
-    return {digest for path in graphs for digest in ort.constants(path)}
+    return {digest for path in graphs for digest in ort.constants(bundle, path)}
 
 
 class Embedding:

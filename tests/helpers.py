@@ -20,6 +20,7 @@ from lfm_edge.config import ModelConfig
 from lfm_edge.harness.verify import Verification, verify
 from lfm_edge.quantization.recipe import recipe
 from lfm_edge.state import StateSpec
+from lfm_edge.targets import TARGETS
 from lfm_edge.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
 
 REPO = Path(__file__).parent.parent
@@ -114,16 +115,17 @@ def assert_verified(bundle: Bundle) -> Verification:
     return result
 
 
-def fill_bundle(directory: Path, artifact: bytes = b"not a real program", target: str = "android-q4") -> None:
-    """Write a sealed bundle into `directory` whose artifact no runtime can load."""
-    config = ModelConfig.from_dict(hf_config().to_dict())
-    (directory / "model.pte").write_bytes(artifact)
+def fill_bundle(directory: Path, artifact: bytes = b"not a real program", target: str = "android-q4",
+                name: str = "model.pte") -> None:
+    """Write a sealed bundle into `directory` whose artifact no runtime can load. name: of the artifact's first file"""
+    config, layout = ModelConfig.from_dict(hf_config().to_dict()), TARGETS[target].state_layout
+    (directory / name).write_bytes(artifact)
     write_chatml_tokenizer(directory, config.vocab_size)
-    Manifest(target=target, artifact="model.pte", compute_dtype="float32",
+    Manifest(target=target, artifact=name if name.endswith(".onnx") else name.split("/")[0], compute_dtype="float32",
              state_mode="explicit", prefill_chunk=16, config=config,
-             recipe=recipe(4, 32, 8, "int8 rows"), state=StateSpec.of(config, 64), lowering={}, source="made by a test",
-             source_sha256="0" * 64, licence="none", weights_sha256="0" * 64, versions={"lfm-edge": "0"},
-             ).write(directory)
+             recipe=recipe(4, 32, 8, "int8 rows"), state=StateSpec.of(config, 64, layout=layout), lowering={},
+             source="made by a test", source_sha256="0" * 64, licence="none", weights_sha256="0" * 64,
+             versions={"lfm-edge": "0"}).write(directory)
 
 
 def example(name: str) -> ModuleType:

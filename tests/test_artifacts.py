@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lfm_edge import export
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge import export, open_bundle
 from lfm_edge.errors import ContextFull
 from lfm_edge.generation import generate
 from lfm_edge.harness.quality import read_tasks
@@ -15,6 +14,7 @@ from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.targets import TARGETS
 from runtimes.reference import ReferenceSession
 from tests.helpers import ALL_AT_ONCE, AWKWARD, TINY, assert_verified, save_checkpoint
+from tests.untrusted_helpers import in_hub_cache
 
 FOUR_BITS = [name for name, target in TARGETS.items() if target.bits == 4]
 
@@ -34,7 +34,7 @@ def test_an_awkward_sharded_model_is_verified(awkward_bundle):
 
 
 def test_prompts_of_one_token_and_of_exactly_the_context(tmp_path, awkward_bundle):
-    target, checkpoint = awkward_bundle.target, open_checkpoint(awkward_bundle.manifest.source)
+    target, checkpoint = awkward_bundle.target, awkward_bundle.source()
     exact = "float32" if "float32" in target.compute_dtypes else None
     bundle = export(checkpoint.source, target=target.name, output=tmp_path / "bundle", context=96, prefill_chunk=16,
                     compute_dtype=exact, kv_dtype="float32" if target.converts_kv else None)
@@ -53,6 +53,16 @@ def test_prompts_of_one_token_and_of_exactly_the_context(tmp_path, awkward_bundl
     with pytest.raises(ContextFull):
         session.decode(1)
     assert session.position == manifest.state.context
+
+
+def test_a_bundle_in_the_cache_of_the_hub_s_client_runs_as_it_is(tmp_path, awkward_bundle):
+    """Where every file is a link to `../../blobs/HASH`. `verify` reads the artifact as well."""
+    cached = open_bundle(in_hub_cache(awkward_bundle.directory, tmp_path))
+    assert cached.artifact.is_symlink() or any(path.is_symlink() for path in cached.artifact.rglob("*"))
+    tokens = [1, 30, 40, 50, 60]
+    assert np.array_equal(cached.session().prefill(tokens), awkward_bundle.session().prefill(tokens))
+    runtime = cached.target.runtime()
+    assert runtime.stored_constants(cached) == runtime.stored_constants(awkward_bundle)
 
 
 def test_a_second_session_does_not_share_state_with_the_first(awkward_bundle):

@@ -524,7 +524,7 @@ def test_a_hub_id_without_a_network_is_refused_in_one_line(monkeypatch):
 def test_a_hub_id_fetches_only_what_is_safe_to_read(monkeypatch, published):
     asked = {}
 
-    def download(repository, allow_patterns):
+    def download(repository, revision, allow_patterns):
         asked.update(repository=repository, patterns=allow_patterns)
         return str(published)
 

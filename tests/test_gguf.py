@@ -400,7 +400,7 @@ def test_the_state_is_read_and_written_as_llama_cpp_does_byte_for_byte(small_bun
 
 def test_the_tensors_of_the_state_are_the_reference_s(small_bundle):
     """Names, shapes, rotation, and which column of a conv state is the last."""
-    manifest, source = small_bundle.manifest, open_checkpoint(small_bundle.manifest.source)
+    manifest, source = small_bundle.manifest, small_bundle.source()
     reference = ReferenceSession(manifest.config, quantize_checkpoint(source, manifest.recipe),
                                  manifest.state.for_reference(manifest.config), activations="q8_0")
     session, tokens = small_bundle.session(), [1, 40, 41, 90, 200, 33, 17]
@@ -429,7 +429,7 @@ def test_another_layout_of_the_state_is_refused(small_bundle):
 
 def test_a_conversation_goes_on_from_another_runtime_s_state(tmp_path, awkward_bundle):
     manifest = awkward_bundle.manifest
-    weights = quantize_checkpoint(open_checkpoint(manifest.source), manifest.recipe)
+    weights = quantize_checkpoint(awkward_bundle.source(), manifest.recipe)
     reference = ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),
                                  activations="q8_0")
     reference.origin = Origin(weights_digest(weights))

@@ -214,13 +214,66 @@ def test_a_graph_that_cannot_be_loaded_is_one_clear_line(bundle, tmp_path, cache
     broken.manifest.write(broken.directory)
     broken = Bundle.open(broken.directory)
     with pytest.raises(BundleError, match=r"model_q4\.onnx: ONNX Runtime cannot load it"):
-        broken.session()
-    with pytest.raises(BundleError, match=r"model_q4\.onnx: not a readable ONNX graph"):
-        runtime.stored_constants(broken)
-    assert not any(runtime.packed_directory(broken).parent.iterdir())
+        runtime.load(broken.artifact)
+    for use in (Bundle.session, runtime.stored_constants):
+        with pytest.raises(BundleError, match=r"model_q4\.onnx: not a readable ONNX graph"):
+            use(broken)
+    assert not runtime.packed_directory(broken).exists()
     run = lfm_edge("generate", broken.directory, "--prompt", "x", env={"XDG_CACHE_HOME": str(cache)})
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1 and "Traceback" not in run.stderr
+
+
+@pytest.fixture
+def copied(bundle, tmp_path):
+    """The bundle, to change."""
+    return shutil.copytree(bundle.directory, tmp_path / "copied")
+
+
+def reopened(directory, rename=None):
+    """The bundle, sealed again. rename: what the graph's data is called now"""
+    graph = directory / "onnx/model_q4.onnx"
+    if rename is not None:
+        model = onnx.load(graph, load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = rename if entry.key == "location" else entry.value
+        onnx.save(model, graph)
+    Bundle.open(directory, check=False).manifest.write(directory)
+    return Bundle.open(directory)
+
+
+@pytest.mark.parametrize("location", ["beside.bin", "../beside.bin", "/etc/passwd", "../../copied/onnx/beside.bin"])
+def test_data_that_the_manifest_does_not_list_is_not_read(copied, cache, location):
+    changed = reopened(copied, rename=location)
+    for place in ("onnx/beside.bin", "beside.bin"):
+        shutil.copyfile(copied / "onnx/model_q4.onnx_data", copied / place)
+    for use in (Bundle.session, runtime.stored_constants):
+        with pytest.raises(BundleError, match=f"refers to data in '{location}', which the manifest does not list"):
+            use(changed)
+    assert not (cache / "lfm-edge/onnxruntime").exists()
+
+
+def test_packed_weights_are_those_of_the_data_whatever_that_is_called(bundle, copied, cache):
+    (copied / "onnx/model_q4.onnx_data").rename(copied / "onnx/any name")
+    first = reopened(copied, rename="any name")
+    expected = first.session().prefill([1, 30, 40])
+    assert np.array_equal(expected, bundle.session().prefill([1, 30, 40]))
+    content = bytearray((copied / "onnx/any name").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (copied / "onnx/any name").write_bytes(content)
+    changed = reopened(copied)
+    assert runtime.packed_directory(changed) != runtime.packed_directory(first)
+    assert not np.array_equal(changed.session().prefill([1, 30, 40]), expected)
+
+
+def test_data_behind_a_link_to_anywhere_is_read(bundle, copied, cache, tmp_path):
+    """What ONNX Runtime does not do by itself: the graph is no link, and its data lies in no folder that it allows."""
+    shutil.move(copied / "onnx/model_q4.onnx_data", tmp_path / "elsewhere")
+    (copied / "onnx/model_q4.onnx_data").symlink_to(tmp_path / "elsewhere")
+    linked = Bundle.open(copied)
+    assert np.array_equal(linked.session().prefill([1, 30, 40]), bundle.session().prefill([1, 30, 40]))
+    assert runtime.stored_constants(linked) == runtime.stored_constants(bundle)
 
 
 def test_one_flipped_weight_is_found(bundle, tmp_path):

@@ -21,6 +21,7 @@ from lfm_edge.harness.peers.building import prepare
 from lfm_edge.harness.peers.peer import PEER_FILE, Built, differences, scheme_line, traits_of
 from lfm_edge.harness.round import FILL, PROMPT, Moment, Plan, Point, Round, run_round
 from lfm_edge.quantization.recipe import Scheme, recipe
+from lfm_edge.sources import remember
 from lfm_edge.state import APPEND, StateSpec
 from lfm_edge.targets import reference_runtime
 from tests.client_helpers import tasks
@@ -52,7 +53,8 @@ def hostile(tmp_path_factory):
 def bundle(hostile, tiny_bundle):
     """As if it had been exported from that: the weights are the same."""
     digest = open_checkpoint(hostile).digest()
-    return Bundle(tiny_bundle.directory, replace(tiny_bundle.manifest, source=str(hostile), source_sha256=digest))
+    remember(digest, str(hostile))
+    return Bundle(tiny_bundle.directory, replace(tiny_bundle.manifest, source_sha256=digest))
 
 
 @pytest.fixture(scope="module", params=[GENAI, MLX_LM, LLAMA_CPP])
@@ -290,8 +292,8 @@ def test_export_llm_has_no_8_bit_recipe(bundle):
     (("--against", f"{EXPORT_LLM}=elsewhere"), f"--against {EXPORT_LLM}=elsewhere: elsewhere is none of the bundles"),
     (("--model", "elsewhere"), "--model elsewhere: bench reads a checkpoint for peers only; give --against as well"),
     (("--against", GENAI, "--model", "nowhere"), "nowhere: no such directory"),
-    (("--against", GENAI), "made by a test: no such directory, and not a hub id (owner/name) or random:PRESET; "
-                           "--model says where the checkpoint of this bundle is now"),
+    (("--against", GENAI), "was not exported on this machine, which does not know where its checkpoint "
+                           "'made by a test' is; give its directory with --model"),
     (("--against", GENAI, "--model", str(TINY)), "not the checkpoint that"),
 ], ids=str)
 def test_what_cannot_be_raced_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options, message):

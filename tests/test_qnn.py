@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporters import qnn as exporter
 from lfm_edge import export, htp
+from lfm_edge.bundle import Bundle
 from lfm_edge.checkpoint import open_checkpoint
 from lfm_edge.errors import BundleError
 from lfm_edge.generation import generate
@@ -51,7 +53,7 @@ def trained(tmp_path_factory, few_tasks):
 
 def reference_of(bundle):
     manifest = bundle.manifest
-    weights = quantize_checkpoint(open_checkpoint(manifest.source), manifest.recipe) | read_kv_scales(bundle.directory)
+    weights = quantize_checkpoint(bundle.source(), manifest.recipe) | read_kv_scales(bundle.directory)
     return ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config))
 
 
@@ -141,7 +143,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path):
 
 def test_the_graphs_hold_the_quantizers_weights_as_onnx_defines_them(bundle):
     """Every weight of the graphs, dequantized by the definition of DequantizeLinear, is the quantizer's."""
-    checkpoint = open_checkpoint(bundle.manifest.source)
+    checkpoint = bundle.source()
     expected = {name: weight.dequantize().numpy() for name, weight in
                 quantize_checkpoint(checkpoint, bundle.manifest.recipe).items() if isinstance(weight, QuantizedTensor)}
     found = {}
@@ -173,7 +175,7 @@ def test_the_graphs_hold_the_quantizers_weights_as_onnx_defines_them(bundle):
 
 
 def test_the_embedding_gives_the_quantizers_rows(bundle):
-    weights = quantize_checkpoint(open_checkpoint(bundle.manifest.source), bundle.manifest.recipe)
+    weights = quantize_checkpoint(bundle.source(), bundle.manifest.recipe)
     rows = runtime.Embedding(bundle.artifact / "embedding.onnx")(tokens(9))
     assert np.array_equal(rows[0], weights["model.embed_tokens.weight"].dequantize()[tokens(9)].numpy())
 
@@ -220,7 +222,7 @@ def test_the_manifest_has_the_measured_ranges(bundle):
 
 def test_a_model_in_parts_computes_the_same(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "_LARGEST_PART", 30_000)
-    parted = export(bundle.manifest.source, target=bundle.manifest.target, output=tmp_path / "parted", context=CONTEXT,
+    parted = export(bundle.source().source, target=bundle.manifest.target, output=tmp_path / "parted", context=CONTEXT,
                     prefill_chunk=CHUNK, soc="sm8650")
     assert parted.manifest.lowering["parts"] == 3
     names = {path.name for path in (parted.artifact / "sm8650").glob("*.onnx")}
@@ -260,17 +262,19 @@ def test_greedy_answers_agree_with_the_reference_over_500_tokens(tmp_path, targe
     assert len(same) >= 500 and np.mean(same) >= 0.99
 
 
-def test_the_files_of_a_bundle_are_checked_for_where_they_lead(bundle, tmp_path, monkeypatch):
-    model = onnx.load(bundle.artifact / "graphs" / "decode.onnx", load_external_data=False)
+@pytest.mark.parametrize("location", ["../../secret", "/etc/passwd", "unlisted.data"])
+def test_the_files_of_a_bundle_are_checked_for_where_they_lead(bundle, tmp_path, location):
+    shutil.copytree(bundle.directory, tmp_path / "bundle")
+    path = tmp_path / "bundle/npu/graphs/decode.onnx"
+    model = onnx.load(path, load_external_data=False)
     outside = next(tensor for tensor in model.graph.initializer if tensor.external_data)
-    next(entry for entry in outside.external_data if entry.key == "location").value = "../../secret"
-    (tmp_path / "npu" / "graphs").mkdir(parents=True)
-    onnx.save(model, tmp_path / "npu" / "graphs" / "decode.onnx")
-    (tmp_path / "npu" / "embedding.onnx").write_bytes((bundle.artifact / "embedding.onnx").read_bytes())
-    (tmp_path / "npu" / "embedding.data").write_bytes((bundle.artifact / "embedding.data").read_bytes())
-    monkeypatch.setattr(type(bundle), "artifact", tmp_path / "npu")
-    with pytest.raises(BundleError, match="outside the base directory"):
-        runtime.stored_constants(bundle)
+    next(entry for entry in outside.external_data if entry.key == "location").value = location
+    onnx.save(model, path)
+    bundle.manifest.write(tmp_path / "bundle")
+    changed = Bundle.open(tmp_path / "bundle")
+    for use in (runtime.stored_constants, Bundle.session):
+        with pytest.raises(BundleError, match=f"refers to data in '{location}', which the manifest does not list"):
+            use(changed)
 
 
 def test_a_chip_that_a_bundle_was_not_compiled_for_is_refused(trained):

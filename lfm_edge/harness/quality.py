@@ -14,6 +14,7 @@ import numpy as np
 
 from lfm_edge import sample
 from lfm_edge.bundle import Bundle
+from lfm_edge.checkpoint import TASKS_FILE
 from lfm_edge.generation import generate
 from lfm_edge.harness.parity import kl_divergence, log_softmax
 from lfm_edge.session import Session
@@ -70,7 +71,7 @@ def _compare(tokens: Sequence[int], exact: np.ndarray, quantized: np.ndarray) ->
 
 def read_tasks(bundle: Bundle) -> list[dict[str, Any]]:
     """The prompts that the checkpoint ships, without those that do not fit the bundle's context with their answers."""
-    tasks = sample.read_tasks(bundle.directory)
+    tasks = sample.read_tasks(bundle.directory) if TASKS_FILE in bundle.manifest.files else []
     tokenizer, context = bundle.tokenizer(), bundle.manifest.state.context
 
     def length(task: dict[str, Any]) -> int:

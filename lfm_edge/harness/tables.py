@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+from rich.markup import escape
 from rich.table import Table
 
 from lfm_edge.bundle import Bundle
+from lfm_edge.errors import one_line
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
 from lfm_edge.harness.verify import Verification
 from lfm_edge.quantization.recipe import NEAREST, MixedBits, Recipe
@@ -104,9 +106,10 @@ def bundle_table(bundle: Bundle) -> Table:
         *(_lowering_rows(manifest.lowering)),
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         *((f"file {name}", megabytes(entry["bytes"])) for name, entry in manifest.files.items()),
+        *([("edited since", ", ".join(bundle.edited))] if bundle.edited else []),
     ]
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(f"[bold]{escape(one_line(name))}[/]", escape(one_line(value)))
     return table
 
 

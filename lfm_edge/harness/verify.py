@@ -118,7 +118,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
            tokens: int | None = None, text: str | Path | None = None, progress: Progress | None = None) -> Verification:
     """Hold a bundle against the quantized reference, and that against the float32 model.
 
-    model: where the checkpoint is now, if not where the manifest says
+    model: where the checkpoint is, if not where this machine exported it from
     soc: which of the chips that the bundle was compiled for
     tokens: how many to check parity on; two prefill chunks and 24 where none is given, or what the context holds
     text: a file to measure quality on; the text that parity is checked on where none is given

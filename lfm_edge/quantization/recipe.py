@@ -87,18 +87,27 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Recipe:
-        """Read the recipe from a manifest."""
-        def scheme(entry: dict[str, Any]) -> Scheme:
-            return Scheme(entry["bits"], None if entry["group_size"] == "channel" else entry["group_size"],
-                          entry.get("two_level", False))
-
+        """Read the recipe from a manifest. Raises ValueError, KeyError or TypeError where it is none of ours."""
         if raw["activations"] not in ACTIVATIONS:
             raise ValueError(f"activations is {raw['activations']!r}; known are {', '.join(ACTIVATIONS)}")
         rounding = raw.get("rounding", NEAREST)
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding is {rounding!r}; known are {', '.join(ROUNDINGS)}")
-        mixed = {str(name): scheme(entry) for name, entry in raw.get("mixed", {}).items()}
-        return cls(scheme(raw["body"]), scheme(raw["head"]), raw["activations"], mixed, rounding)
+        mixed = {name: _scheme(entry) for name, entry in raw.get("mixed", {}).items()}
+        return cls(_scheme(raw["body"]), _scheme(raw["head"]), raw["activations"], mixed, rounding)
+
+
+def _scheme(raw: dict[str, Any]) -> Scheme:
+    """A scheme of a manifest, which must be one that `recipe` gives."""
+    bits, two_level = raw["bits"], raw.get("two_level", False)
+    group_size = None if raw["group_size"] == "channel" else raw["group_size"]
+    if type(bits) is not int or bits not in HEAD_BITS:
+        raise ValueError(f"{bits!r} bits; known are 4 and 8")
+    if group_size is not None and (type(group_size) is not int or group_size not in GROUP_SIZES):
+        raise ValueError(f"group_size is {group_size!r}; known are channel, {', '.join(map(str, GROUP_SIZES))}")
+    if (bits == 8) != (group_size is None) or not isinstance(two_level, bool) or (bits == 8 and two_level):
+        raise ValueError(f"{bits} bits with group_size {raw['group_size']!r} and two_level {two_level!r}")
+    return Scheme(bits, group_size, two_level)
 
 
 PER_CHANNEL_8 = Scheme(8, None)
@@ -140,13 +149,13 @@ class MixedBits:
         """Read a file of that kind. Raises ExportError where it is none."""
         raw = read_json_object(path, ExportError)
         group_size, head_bits, linear_bits = (raw.get(key) for key in ("group_size", "head_bits", "linear_bits"))
-        if group_size not in GROUP_SIZES:
+        if type(group_size) is not int or group_size not in GROUP_SIZES:
             raise ExportError(f"{path}: group_size is {group_size!r}; it must be 32, 64 or 128")
-        if head_bits not in HEAD_BITS:
+        if type(head_bits) is not int or head_bits not in HEAD_BITS:
             raise ExportError(f"{path}: head_bits is {head_bits!r}; it must be 4 or 8")
         if not isinstance(linear_bits, dict):
             raise ExportError(f"{path}: linear_bits is missing")
         for name, bits in linear_bits.items():
-            if bits not in (4, 8):
+            if type(bits) is not int or bits not in (4, 8):
                 raise ExportError(f"{path}: {name} has {bits!r} bits; it must be 4 or 8")
         return cls(group_size, head_bits, linear_bits)

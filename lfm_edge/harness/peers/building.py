@@ -36,7 +36,7 @@ _PEAK = "peak.json"
 def prepare(peer: Peer, bundle: Bundle, model: str | None, progress: Callable[[str], None]) -> Built:
     """The peer's artifact that comes nearest to a bundle, of the same checkpoint; from the cache where it is there.
 
-    model: where the checkpoint is now, if not where the manifest says; not needed where nothing is to be built
+    model: where the checkpoint is, if not where this machine exported it from; not needed where nothing is to be built
     Raises LfmEdgeError where the checkpoint is gone or another one, or the builder fails.
     """
     manifest = bundle.manifest
