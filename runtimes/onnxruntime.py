@@ -177,13 +177,23 @@ class OnnxSession(Session):
     table = MappedPages()
 
     def __init__(self, program: onnxruntime.InferenceSession, spec: StateSpec, vocab_size: int, chunk: int) -> None:
-        super().__init__(spec, vocab_size, chunk)
         self.program = program
-        self._next = [state if tensor.update == APPEND else tensor.fresh()
-                      for tensor, state in zip(spec.tensors, self.state, strict=True)]
+        super().__init__(spec, vocab_size, chunk)
         self._logits = np.empty((1, 1, vocab_size), np.float32)
         self._mask = np.ones((1, spec.context), np.int64)
-        self._bindings = [self._bind(self.state, self._next), self._bind(self._next, self.state)]
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """The buffers whose turn it is to be read."""
+        return self._buffers[self._turn]
+
+    @state.setter
+    def state(self, tensors: list[torch.Tensor]) -> None:
+        others = [state if tensor.update == APPEND else tensor.fresh()
+                  for tensor, state in zip(self.spec.tensors, tensors, strict=True)]
+        self._buffers = tensors, others
+        self._bindings = self._bind(tensors, others), self._bind(others, tensors)
+        self._turn = 0  # one number, so that they cannot be interrupted half-way in taking turns
 
     def _bind(self, past: list[torch.Tensor], present: list[torch.Tensor]) -> onnxruntime.IOBinding:
         binding = self.program.io_binding()
@@ -199,7 +209,7 @@ class OnnxSession(Session):
 
     def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         ids, scored = np.array([tokens], np.int64), np.array([count], np.int64)
-        binding = self._bindings[0]
+        binding = self._bindings[self._turn]
         if self.scored > 1:
             binding.bind_input("num_logits_to_keep", "cpu", 0, np.int64, scored.shape, scored.ctypes.data)
         if count == 1:
@@ -211,6 +221,5 @@ class OnnxSession(Session):
                            self._mask.ctypes.data)
         self.program.run_with_iobinding(binding)
         self.table.forget()
-        self.state, self._next = self._next, self.state
-        self._bindings.reverse()
+        self._turn = 1 - self._turn
         return self._logits[0].copy() if count == 1 else binding.get_outputs()[-1].numpy()[0]
