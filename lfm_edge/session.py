@@ -333,7 +333,8 @@ class Session(ABC):
     def _check_whole(self) -> None:
         if self.broken:
             mend = "reset it, or load a saved one" if len(self.held) == len(self.spec.tensors) else "reset it"
-            raise LfmEdgeError(f"the session is broken: a call failed half-way, and its runtime cannot undo that; {mend}")
+            raise LfmEdgeError("the session is broken: a call failed half-way, and its runtime cannot undo that; "
+                               f"{mend}")
 
     def _check_holds_all(self, purpose: str) -> None:
         if len(self.held) < len(self.spec.tensors):

@@ -140,7 +140,7 @@ def assert_only_a_reset_mends(session):
              session.take_back, session.snapshot, lambda: session.prefill_scored([1], 1),
              lambda: session.save("nowhere")]
     for call in calls:
-        with pytest.raises(LfmEdgeError, match="the session is broken: .*reset it") as raised:
+        with pytest.raises(LfmEdgeError, match=r"the session is broken: .*reset it") as raised:
             call()
         assert "\n" not in str(raised.value)
     session.reset()
@@ -226,7 +226,7 @@ def test_what_overwrites_the_session_is_done_not_begun_or_said_to_be_broken(sess
     for line in at_every_line(lambda: call(session, kept), lambda: prepared(session)):
         seen.add(session.broken)
         if session.broken:
-            with pytest.raises(LfmEdgeError, match="the session is broken: .*reset it, or load a saved one"):
+            with pytest.raises(LfmEdgeError, match=r"the session is broken: .*reset it, or load a saved one"):
                 session.decode(1)
             call(session, kept)
         tokens = tuple(session.tokens)
