@@ -161,7 +161,7 @@ class CacheAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
                 place: Place) -> tuple[Tensor, list[Tensor]]:
         """query: [1, T, heads, D]; key, value: [1, T, kv_heads, D]; state: [1, kv_heads, context, D] each"""
-        keys, values = (update_cache(cache, rows.transpose(1, 2), place.start)
+        keys, values = (update_cache(cache, place.without_padding(rows.transpose(1, 2)), place.start)
                         for cache, rows in zip(state, (key, value), strict=True))
         scores = grouped(query * self.scale, key.shape[2]) @ keys.transpose(2, 3) + place.past_mask
         return ungrouped(scores.softmax(dim=-1) @ values, key.shape[1]), [keys, values]
@@ -301,7 +301,9 @@ def _cast(x: Var, dtype: torch.dtype, **_: Any) -> Var:
 # Core ATen operators, as torch.export leaves them. Constants are arrays: those rules that fold them say so.
 _RULES: dict[str, Callable[..., Any]] = {
     "aten.add.Tensor": _binary(mb.add), "aten.sub.Tensor": _binary(mb.sub), "aten.mul.Tensor": _binary(mb.mul),
-    "aten.eq.Tensor": _binary(mb.equal), "aten.ge.Tensor": _binary(mb.greater_equal),
+    "aten.where.ScalarOther": lambda condition, x, y: mb.select(cond=condition, a=x,
+                                                                b=types.nptype_from_builtin(x.dtype)(y)),
+    "aten.eq.Tensor": _binary(mb.equal), "aten.lt.Tensor": _binary(mb.less), "aten.ge.Tensor": _binary(mb.greater_equal),
     "aten.gt.Tensor": _binary(mb.greater), "aten.matmul.default": _binary(mb.matmul),
     "aten.neg.default": lambda x: _binary(mb.mul)(x, -1.0),
     "aten.clamp.default": lambda x, low, high: _binary(mb.minimum)(x, high),

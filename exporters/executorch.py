@@ -300,8 +300,8 @@ class InternalState(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """tokens: int64 [1, T]; position: int64 [1] -> logits, float32 [1, 1, vocab]"""
         buffers = [getattr(self, f"state_{index}") for index in range(len(self.decoder.state.tensors))]
-        continues = (position > 0).to(torch.float32)
-        state = [buffer * continues if tensor.kind == "conv" else buffer
+        # Chosen, not multiplied: 0 times an infinity that the last conversation left is no number.
+        state = [torch.where(position > 0, buffer, torch.zeros_like(buffer)) if tensor.kind == "conv" else buffer
                  for buffer, tensor in zip(buffers, self.decoder.state.tensors, strict=True)]
         logits, following = self.decoder(tokens, position, state)
         for buffer, new in zip(buffers, following, strict=True):

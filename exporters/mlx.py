@@ -283,6 +283,7 @@ ON_GPU: Operators = {
     _ATEN.embedding.default: operator.getitem,
     _ATEN.eq.Tensor: operator.eq,
     _ATEN.ge.Tensor: operator.ge,
+    _ATEN.lt.Tensor: operator.lt,
     _ATEN.matmul.default: operator.matmul,
     _ATEN.mul.Tensor: operator.mul,
     _ATEN.neg.default: operator.neg,
@@ -297,6 +298,7 @@ ON_GPU: Operators = {
     _ATEN.transpose.int: mx.swapaxes,
     _ATEN.unsqueeze.default: mx.expand_dims,
     _ATEN.view.default: mx.reshape,
+    _ATEN.where.ScalarOther: mx.where,
 }
 # MLX's kernels for the GPU sum products of quantized weights in float32. The one for the CPU rounds every partial
 # sum to 16 bits, an error ten times as large, so there the sums are made float32's.

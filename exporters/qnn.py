@@ -205,7 +205,10 @@ class Rotary(nn.Module):
 
 
 class CausalConv(ShiftedSum):
-    """The sum over taps; the next state is columns that the host chooses."""
+    """The sum over taps; the next state is columns that the host chooses. Integers are finite, those of padding too."""
+
+    def clean(self, x: Tensor, place: Place) -> Tensor:
+        return x
 
     def next_state(self, columns: Tensor, length: int, place: Place) -> Tensor:
         """columns: [1, taps - 1 + length, H] -> [1, taps - 1, H]"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -385,8 +386,38 @@ def chat(
             _say("\n")
 
 
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is shown. What is needed again is made again.")
+                     ] = False,
+    older_than: Annotated[float, typer.Option(metavar="DAYS", min=0.0, help="Only what has not been used for so long.")
+                          ] = 0.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Show what lfm-edge keeps in the user's cache: packed ONNX weights, and what bench --against has built."""
+    from lfm_edge import cached
+    from lfm_edge.files import cache_directory
+
+    found = cached.entries(older_than)
+    removed = cached.remove(found) if clear else []
+    shown = removed if clear else found
+    result = {"directory": str(cache_directory()), "entries": [entry.to_dict() for entry in shown],
+              "bytes": sum(entry.nbytes for entry in shown), "removed": clear}
+    size = f"{'removed' if clear else 'in all'}: {result['bytes'] / 1e6:,.1f} MB"
+    table = Table("what", "of", "size", "last used", "state", "path", title_justify="left", caption_justify="left",
+                  title=escape(str(cache_directory())), caption=size)
+    for entry in shown:
+        table.add_row(entry.what, escape(entry.of), f"{entry.nbytes / 1e6:,.1f} MB", entry.to_dict()["last_used"][:10],
+                      entry.state, escape(str(entry.path.relative_to(cache_directory()))))
+    _render([table], result, json_file)
+    for entry in found if clear else ():
+        if entry not in removed:
+            err.print(f"{entry.path}: stays ({entry.state})", soft_wrap=True, highlight=False, markup=False)
+
+
 def main() -> None:
     """Entry point: errors of ours become one line and exit code 2; a kill cleans up as an interrupt does."""
+    _show_notes()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     elif isinstance(sys.stderr, TextIOWrapper):
@@ -411,6 +442,16 @@ def _let_threads_sleep() -> None:
     process and its children, and llama.cpp decodes a third slower under it.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _show_notes() -> None:
+    """What the package notes for people, such as what it has put in the cache, one line each on standard error."""
+    notes = logging.getLogger("lfm_edge"), logging.getLogger("runtimes")
+    handler = logging.Handler()
+    handler.emit = lambda record: err.print(record.getMessage(), soft_wrap=True, highlight=False, markup=False)
+    for logger in notes:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _complain(error: LfmEdgeError | str) -> None:

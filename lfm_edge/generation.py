@@ -210,7 +210,7 @@ class Chat:
     def _is_begun(self, tokens: list[int]) -> bool:
         """Whether the session holds a beginning of `tokens`, and not all of them."""
         held = self.session.tokens
-        return len(held) < len(tokens) and held == tokens[:len(held)]
+        return not self.session.broken and len(held) < len(tokens) and held == tokens[:len(held)]
 
 
 def read_tools(path: Path) -> list[Any]:

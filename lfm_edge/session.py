@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,14 +18,33 @@ from lfm_edge.saved import Message, Origin, SavedSession
 from lfm_edge.state import APPEND, Snapshot, StateSpec, StateTensor
 
 Logits = NDArray[np.float32]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where a session was before a step, to go back to.
+
+    tokens, count: its list of them, of which the first so many were taken by then; replaced: what the step overwrites;
+    before: what `take_back` would have gone back to
+    """
+
+    position: int
+    tokens: list[int]
+    count: int
+    replaced: Any
+    before: _Mark | None
 
 
 class Session(ABC):
     """One conversation.
 
     The two ways of giving tokens agree: `prefill(a + b)` leaves the session where `prefill(a)`, then
-    `prefill(b)` or a `decode` for each token of b would. A call that raises leaves it unchanged.
+    `prefill(b)` or a `decode` for each token of b would. A call that raises leaves it unchanged, also where it is
+    interrupted at any moment; or, where what was done cannot be undone, `broken`.
 
+    broken: whether a call failed half-way and the state is of no use. Every call but `reset`, `restore` and `load`,
+        which mend it, then raises LfmEdgeError
     vocab_size: logits that a step gives; chunk: most tokens that one step takes
     held: the tensors of the state that the session has; all of them, unless the program keeps some
     tokens: all that were taken since the last reset, `position` of them
@@ -30,11 +52,14 @@ class Session(ABC):
     arithmetic: the type that it computes in
     remark: what `verify` must say about who computes, where that is not what computes on the device
     scored: of how many of a step's last tokens `prefill_scored` tells the logits
+    multiplies_unseen: whether a step multiplies cache rows past the position by zero, where others never read them:
+        such rows must be finite, so they are cleared before it
     """
 
     arithmetic = "float32"
     remark = ""
     scored = 1
+    multiplies_unseen = False
 
     def __init__(self, spec: StateSpec, vocab_size: int, chunk: int,
                  held: tuple[StateTensor, ...] | None = None) -> None:
@@ -46,7 +71,9 @@ class Session(ABC):
         self.tokens: list[int] = []
         self.origin: Origin | None = None
         self.state = [tensor.fresh() for tensor in self.held]
-        self._before: tuple[int, dict[int, torch.Tensor]] | None = None
+        self.broken = False
+        self._before: _Mark | None = None
+        self._reached = 0  # rows of the caches that may have been written
 
     @abstractmethod
     def _step(self, tokens: list[int]) -> Logits:
@@ -66,16 +93,19 @@ class Session(ABC):
         Returns float32 [vocab], the logits after the last token. Raises ContextFull where the context
         cannot hold them, LfmEdgeError for no tokens or an unknown one.
         """
+        self._check_whole()
         tokens = [int(token) for token in tokens]
         self._check(tokens)
-        self._before = None
-        logits = np.empty(0, np.float32)
-        while tokens:
-            part, tokens = tokens[:self._room()], tokens[self._room():]
-            logits = self._step(part)
-            self.position += len(part)
-            self.tokens += part
-        return logits
+
+        def steps() -> Logits:
+            self._before, rest, logits = None, tokens, np.empty(0, np.float32)
+            while rest:
+                part, rest = rest[:self._room()], rest[self._room():]
+                logits = self._step(part)
+                self._take(part)
+            return logits
+
+        return self._change(steps, most=len(tokens))
 
     def decode(self, token: int) -> Logits:
         """Take one more token. Returns float32 [vocab]; raises as `prefill` does."""
@@ -87,35 +117,42 @@ class Session(ABC):
         Returns float32 [count, vocab], the logits after each of the last `count` tokens, at most `scored`. Raises
         LfmEdgeError for more of either, or where the program keeps some of the state; else as `prefill`.
         """
+        self._check_whole()
         self._check_holds_all("take a step back")
         tokens = [int(token) for token in tokens]
         self._check(tokens)
         if len(tokens) > self.chunk or not 1 <= count <= min(self.scored, len(tokens)):
             raise LfmEdgeError(f"logits of {count} of {len(tokens)} tokens: a step takes {self.chunk}, and tells the "
                                f"logits of the last {self.scored}")
-        replaced = {index: self._read(index, self.position) for index, tensor in enumerate(self.held)
-                    if tensor.update != APPEND}
-        logits = self._scored_step(tokens, count)
-        self._before = self.position, replaced
-        self.position += len(tokens)
-        self.tokens += tokens
-        return logits
+        mark = self._mark()
+
+        def step() -> NDArray[np.float32]:
+            logits = self._scored_step(tokens, count)
+            self._take(tokens)
+            self._before = replace(mark, before=None)
+            return logits
+
+        return self._change(step, most=len(tokens), mark=mark)
 
     def take_back(self) -> None:
         """Undo the last `prefill_scored`, if nothing came after it. Raises LfmEdgeError where something did.
 
-        It costs a copy of the conv state; rows of a cache past the position are never read.
+        It costs a copy of the conv state; rows of a cache past the position do not count.
         """
-        if self._before is None:
+        self._check_whole()
+        before = self._before
+        if before is None:
             raise LfmEdgeError("there is no step to take back")
-        position, replaced = self._before
-        for index, kept in replaced.items():
-            self._write(index, kept, position)
-        del self.tokens[len(self.tokens) - (self.position - position):]
-        self.position, self._before = position, None
+
+        def back() -> None:
+            self._go_back(before)
+            self._before = None
+
+        self._change(back)
 
     def snapshot(self) -> Snapshot:
         """A copy of the state, to go back to. Raises LfmEdgeError where the program keeps some of it."""
+        self._check_whole()
         self._check_holds_all("snapshot")
         return Snapshot(self.spec, self.position, self._kept(), tuple(self.tokens))
 
@@ -127,8 +164,12 @@ class Session(ABC):
         self._check_holds_all("restore")
         if snapshot.spec != self.spec:
             raise LfmEdgeError("the snapshot is of another model, context or KV type than this session")
-        self._put_back(snapshot.tensors, snapshot.position)
-        self.position, self.tokens, self._before = snapshot.position, list(snapshot.tokens), None
+
+        def put_back() -> None:
+            self._put_back(snapshot.tensors, snapshot.position)
+            self._stand(snapshot.position, list(snapshot.tokens))
+
+        self._begin_with(put_back)
 
     def save(self, path: str | Path, messages: Sequence[Message] = ()) -> None:
         """Write the session to a file, from which `load` goes on. A file that is there is replaced in one move.
@@ -136,6 +177,7 @@ class Session(ABC):
         messages: the conversation so far, for those who show it or go on with it
         Raises LfmEdgeError where the file cannot be written, or the program keeps some of the state.
         """
+        self._check_whole()
         self._check_holds_all("save a session")
         if len(self.tokens) != self.position:  # somebody has set the position, as measurements do
             raise LfmEdgeError(f"the session is at {self.position} and has taken {len(self.tokens)} tokens")
@@ -160,11 +202,12 @@ class Session(ABC):
         return list(saved.messages)
 
     def reset(self) -> None:
-        """Begin anew: position 0, and the conv state empty. (Cache rows past the position are never read.)"""
-        for index, tensor in enumerate(self.held):
-            if tensor.update != APPEND:
-                self._write(index, tensor.fresh(), 0)
-        self.position, self.tokens, self._before = 0, [], None
+        """Begin anew: position 0, and the conv state empty. (Cache rows past the position do not count.)"""
+        def empty() -> None:
+            self._empty()
+            self._stand(0, [])
+
+        self._begin_with(empty)
 
     def stand_at(self, position: int) -> None:
         """Go to a position without computing what leads there: to measure there, not to get answers.
@@ -172,11 +215,90 @@ class Session(ABC):
         The rows that the cache has are repeated up to it, so that as much of its memory is in use as after as many
         tokens. Where the program keeps the cache, only the position is set. Raises ContextFull past the context.
         """
+        self._check_whole()
         if position > self.spec.context:
             raise ContextFull(f"position {position} is past the context of {self.spec.context}")
-        if position > self.position:
-            self._repeat_rows(position)
-        self.position, self._before = position, None
+
+        def go() -> None:
+            if position > self.position:
+                self._repeat_rows(position)
+            self.position, self._before = position, None
+
+        self._change(go, most=max(position - self.position, 0))
+
+    def _change(self, change: Callable[[], Result], most: int = 0, mark: _Mark | None = None) -> Result:
+        """Do what changes the session from its position on: wholly, or not at all, however it ends.
+
+        most: rows of the caches that it may write past the position; mark: made just before, where there is one
+        """
+        mark = mark or self._mark()
+        try:
+            self.broken = True  # until it is done or undone: an interrupt may come between any two lines
+            if most:
+                self._clear_unseen()
+                self._reached = self.position + most
+            result = change()
+            self.broken = False
+            return result
+        except BaseException:
+            self.broken = True
+            with suppress(Exception):  # what went wrong is raised; that it cannot be undone, the next call says
+                self._go_back(mark)
+                self.broken = False
+            raise
+
+    def _begin_with(self, change: Callable[[], None]) -> None:
+        """Do what overwrites the whole session. Until that is done, it is broken."""
+        self.broken = True
+        change()
+        self.broken = False
+
+    def _mark(self) -> _Mark:
+        return _Mark(self.position, self.tokens, len(self.tokens), self._replaced(), self._before)
+
+    def _go_back(self, mark: _Mark) -> None:
+        """Be again where the session was. Raises LfmEdgeError where the runtime cannot."""
+        self.position, self.tokens, self._before = mark.position, mark.tokens[:mark.count], mark.before
+        self._replace(mark.replaced)
+
+    def _stand(self, position: int, tokens: list[int]) -> None:
+        """Where the state that is there now is of."""
+        self.position, self.tokens, self._before = position, tokens, None
+        self._reached = max(self._reached, position)
+
+    def _take(self, tokens: list[int]) -> None:
+        """Count what a step has taken."""
+        self.position += len(tokens)
+        self.tokens += tokens
+
+    def _replaced(self) -> Any:
+        """Copies of what a step overwrites, for `_replace`. Of a cache it writes rows past the position only."""
+        return {index: self._read(index, self.position) for index, tensor in enumerate(self.held)
+                if tensor.update != APPEND}
+
+    def _replace(self, kept: Any) -> None:
+        """Put that back, at the position again. Raises LfmEdgeError where the program keeps some of it."""
+        names = {tensor.name for tensor in self.held}
+        if any(tensor.update != APPEND and tensor.name not in names for tensor in self.spec.tensors):
+            raise LfmEdgeError("the program keeps its conv state")
+        for index, value in kept.items():
+            self._write(index, value, self.position)
+
+    def _empty(self) -> None:
+        """Make the state that of a fresh session, but for rows of the caches."""
+        for index, tensor in enumerate(self.held):
+            if tensor.update != APPEND:
+                self._write(index, tensor.fresh(), 0)
+
+    def _clear_unseen(self) -> None:
+        """Before a step: leave nothing in rows past the position, of what was undone or is of another conversation."""
+        if self.multiplies_unseen and self._reached > self.position:
+            self._clear_rows(self.position, self._reached - self.position)
+
+    def _clear_rows(self, start: int, count: int) -> None:
+        for tensor, state in zip(self.held, self.state, strict=True):
+            if tensor.update == APPEND:
+                state.narrow(tensor.axis, start, count).fill_(tensor.initial)
 
     def _repeat_rows(self, position: int) -> None:
         for tensor, state in zip(self.held, self.state, strict=True):
@@ -207,6 +329,12 @@ class Session(ABC):
         if self.origin is None:
             raise LfmEdgeError("only a session of a bundle can be saved or loaded: its manifest tells the model")
         return self.origin
+
+    def _check_whole(self) -> None:
+        if self.broken:
+            mend = "reset it, or load a saved one" if len(self.held) == len(self.spec.tensors) else "reset it"
+            raise LfmEdgeError("the session is broken: a call failed half-way, and its runtime cannot undo that; "
+                               f"{mend}")
 
     def _check_holds_all(self, purpose: str) -> None:
         if len(self.held) < len(self.spec.tensors):

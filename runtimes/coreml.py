@@ -47,6 +47,9 @@ class Host(Protocol):
     def run(self, function: str, features: Mapping[str, np.ndarray]) -> Features:
         """Outputs by name. Raises BundleError where the package cannot be run."""
 
+    def clear(self) -> None:
+        """Begin with fresh states."""
+
 
 class Evaluated:
     """The package, evaluated in numpy."""
@@ -63,6 +66,11 @@ class Evaluated:
     def run(self, function: str, features: Mapping[str, np.ndarray]) -> Features:
         """Outputs by name."""
         return self.functions[function].run(features, self.states)
+
+    def clear(self) -> None:
+        """Begin with fresh states."""
+        for state in self.states.values():
+            state.fill(0)
 
 
 class Predicted:
@@ -81,6 +89,11 @@ class Predicted:
     def run(self, function: str, features: Mapping[str, np.ndarray]) -> Features:
         """Outputs by name."""
         return self._model(function).predict(dict(features), state=self.state)
+
+    def clear(self) -> None:
+        """Begin with fresh states."""
+        if self.state is not None:
+            self.state = self._model(_DECODE).make_state()
 
     def _model(self, function: str) -> Any:
         """The function, compiled when it is first needed."""
@@ -101,6 +114,8 @@ class CoreMlSession(Session):
     One token is a `decode`, several are a `prefill`, padded to its length.
     """
 
+    multiplies_unseen = True
+
     def __init__(self, bundle: Bundle, host: Host) -> None:
         manifest = bundle.manifest
         explicit = manifest.state_mode == "explicit"
@@ -114,6 +129,10 @@ class CoreMlSession(Session):
         # A program that keeps its caches writes the rows of its padding as well, for which there must be room.
         fits = self.held == self.spec.tensors or self.position + self.chunk <= self.spec.context
         return self.chunk if fits else 1
+
+    def _empty(self) -> None:
+        super()._empty()
+        self.host.clear()  # the program multiplies rows past the position by zero, which must be finite
 
     def _step(self, tokens: list[int]) -> Logits:
         features = {_feature(tensor.name): state.numpy() for tensor, state in zip(self.held, self.state, strict=True)}

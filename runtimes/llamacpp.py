@@ -30,6 +30,7 @@ from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec, StateTensor
 
 _SEQUENCE = 0  # llama.cpp's number of the one conversation that a context of ours has
+_CONV_ONLY = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 _TYPES = {"float32": llama_cpp.GGML_TYPE_F32, "float16": llama_cpp.GGML_TYPE_F16}
 
 
@@ -133,9 +134,25 @@ class LlamaCppSession(Session):
         self._put_back([tensor.filled(value, self.position)
                         for tensor, value in zip(self.spec.tensors, tensors, strict=True)], self.position)
 
-    def reset(self) -> None:
+    def _empty(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, False)
-        self.position, self.tokens = 0, []
+
+    def _replaced(self) -> np.ndarray:
+        """The conv state alone, as llama.cpp writes it; nothing before the first token."""
+        if not self._taken:
+            return np.empty(0, np.uint8)
+        content = np.empty(llama_cpp.llama_state_seq_get_size_ext(self.context, _SEQUENCE, _CONV_ONLY), np.uint8)
+        llama_cpp.llama_state_seq_get_data_ext(self.context, _bytes_of(content), content.size, _SEQUENCE, _CONV_ONLY)
+        return content
+
+    def _replace(self, kept: np.ndarray) -> None:
+        if not kept.size:
+            llama_cpp.llama_memory_clear(self.memory, False)
+            return
+        taken = llama_cpp.llama_state_seq_set_data_ext(self.context, _bytes_of(kept), kept.size, _SEQUENCE, _CONV_ONLY)
+        llama_cpp.llama_memory_seq_rm(self.memory, _SEQUENCE, self.position, -1)  # the rows of the cache past it
+        if taken != kept.size or self._taken != self.position:
+            raise LfmEdgeError(f"llama.cpp cannot go back to position {self.position}")
 
     def _step(self, tokens: list[int]) -> Logits:
         if self.position != self._taken:  # somebody has set it back, as measurements do

@@ -105,6 +105,8 @@ class MlxSession(Session):
     arithmetic: what the function computes in
     """
 
+    multiplies_unseen = True
+
     def __init__(self, function: Function, weights: dict[str, mx.array], spec: StateSpec, vocab_size: int, chunk: int,
                  arithmetic: str) -> None:
         super().__init__(spec, vocab_size, chunk)
@@ -147,6 +149,21 @@ class MlxSession(Session):
 
     def _repeat_rows(self, position: int) -> None:
         """Nothing: `state` is a copy, and MLX's own arrays are in memory as a whole from the beginning."""
+
+    def _replaced(self) -> dict[int, mx.array]:
+        return {index: array for index, (tensor, array) in enumerate(zip(self.held, self.arrays, strict=True))
+                if tensor.update != APPEND}  # no copies: a step gives others in their place
+
+    def _replace(self, kept: dict[int, mx.array]) -> None:
+        for index, array in kept.items():
+            self.arrays[index] = array
+        mx.eval(self.arrays)  # a cache whose rows cannot be written is found now
+
+    def _clear_rows(self, start: int, count: int) -> None:
+        for tensor, array in zip(self.held, self.arrays, strict=True):
+            if tensor.update == APPEND:
+                array[_rows(tensor, start, count)] = 0
+        mx.eval(self.arrays)
 
     def _read(self, index: int, position: int) -> torch.Tensor:
         return to_torch(self.arrays[index][_rows(self.spec.tensors[index], 0, position)])

@@ -1,19 +1,19 @@
 """Sessions over an ONNX graph with explicit state, by ONNX Runtime's CPU provider.
 
 MatMulNBits packs its weights into a layout of the processor at hand. The first load on a machine keeps the packed
-graph in the user's cache directory; later loads map it from there, and the weights take no anonymous memory.
+graph in the user's cache directory; later loads map it from there, and the weights take no anonymous memory. An entry
+that is damaged, or does not load, is made anew; where that fails, the bundle's own graph is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import re
 import shutil
-import tempfile
-import time
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx
@@ -21,7 +21,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from lfm_edge import ort
+from lfm_edge import cached, ort
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import BundleError
 from lfm_edge.files import cache_directory
@@ -30,17 +30,26 @@ from lfm_edge.session import Logits, Session
 from lfm_edge.state import APPEND, StateSpec
 
 _GRAPH, _DATA = "model.onnx", "model.onnx_data"
-_FORMAT = 1  # of a packed graph; another one is made where this has changed
-_ABANDONED_SECONDS = 3600
+_FORMAT = 2  # of a packed graph; another one is made where this has changed
 _PAGE = 4096
 _PIECE = 1 << 24  # bytes copied at once
+_LOG = logging.getLogger(__name__)
 
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """A session over the bundle's graph. threads: of this session; None for the cores of this machine"""
-    manifest = bundle.manifest
     ort.check_graph(bundle, bundle.artifact)
-    graph = packed_graph(bundle)
+    for anew in (False, True):
+        graph = packed_graph(bundle, anew)
+        if graph == bundle.artifact:
+            break
+        with suppress(BundleError):  # it is whole, and ONNX Runtime does not take it: once more
+            return _opened(bundle, graph, threads)
+    return _opened(bundle, bundle.artifact, threads)
+
+
+def _opened(bundle: Bundle, graph: Path, threads: int | None) -> Session:
+    manifest = bundle.manifest
     with loading(graph.parent) as others:
         program = load(graph, threads)
         MappedPages.of(graph.parent).page_out()  # packing reads every scale, and what is packed has a copy of them
@@ -70,34 +79,37 @@ def load(path: Path, threads: int | None = None, pack_into: Path | None = None) 
     return ort.load_on_cpu(path, options)
 
 
-def packed_graph(bundle: Bundle) -> Path:
-    """The bundle's graph with its weights packed for this processor, made now where it is not in the cache.
+def packed_graph(bundle: Bundle, anew: bool = False) -> Path:
+    """The bundle's graph with its weights packed for this processor, made now where the cache has none that is whole.
 
-    The bundle's own graph where the cache cannot be written, or has an empty place: packing went wrong before.
+    anew: also where it has. The bundle's own graph where the cache cannot be written, or packing went wrong.
     """
-    packed = packed_directory(bundle) / _GRAPH
-    if packed.parent.is_dir():
-        return packed if packed.is_file() else bundle.artifact
-    with suppress(OSError, BundleError):  # ONNX Runtime's own for a full disk; whatever else it is comes up again
-        packed.parent.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(packed.parent.parent)
-        with tempfile.TemporaryDirectory(dir=packed.parent.parent, prefix=".partial-") as partial:
-            saved, aligned = Path(partial) / "saved", Path(partial) / "aligned"
-            saved.mkdir()
-            expected = _trial(bundle, load(bundle.artifact, pack_into=saved))
-            _align(saved, aligned)
-            if not np.array_equal(_trial(bundle, load(aligned / _GRAPH)), expected):
-                shutil.rmtree(aligned)
-                aligned.mkdir()
-            aligned.rename(packed.parent)  # whole or not at all; another process may have been first
-    return packed if packed.is_file() else bundle.artifact
+    place = packed_directory(bundle)
+    if anew or not cached.is_whole(place):
+        try:
+            _pack(bundle, place)
+        except (OSError, BundleError):  # ONNX Runtime's own for a full disk; whatever else it is comes up again
+            return bundle.artifact
+    packed = place / _GRAPH
+    return packed if packed.is_file() and cached.is_whole(place) else bundle.artifact
 
 
-def _remove_abandoned(directory: Path) -> None:
-    """Remove what processes left that were killed while they packed."""
-    for left in directory.glob(".partial-*"):
-        if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+def _pack(bundle: Bundle, place: Path) -> None:
+    """Make the entry. Where a packed graph computes something else, it has none: that is not tried again."""
+    with cached.work_directory(place) as work:
+        saved, new = work / "saved", work / cached.NEW
+        saved.mkdir()
+        expected = _trial(bundle, load(bundle.artifact, pack_into=saved))
+        _align(saved, new)
+        if not np.array_equal(_trial(bundle, load(new / _GRAPH)), expected):
+            shutil.rmtree(new)
+            new.mkdir()
+        cached.seal(new, of=str(bundle.directory.resolve()))
+        cached.put_in_place(work, place)
+    size = sum(path.stat().st_size for path in place.iterdir())
+    if (place / _GRAPH).is_file():
+        _LOG.info("%s: its weights, packed for this processor, are kept in %s (%s); `lfm-edge cache` shows and clears "
+                  "what is there", bundle.directory, place, f"{size / 1e6:,.1f} MB")
 
 
 def _trial(bundle: Bundle, program: onnxruntime.InferenceSession) -> Logits:
@@ -139,10 +151,15 @@ def _align(saved: Path, aligned: Path) -> None:
 
 
 def packed_directory(bundle: Bundle) -> Path:
-    """Where the packed graph is kept: a place for each artifact, version of ONNX Runtime and kind of processor."""
-    parts = [entry["sha256"] for entry in bundle.artifact_files]
-    key = hashlib.sha256(repr([_FORMAT, *parts, onnxruntime.__version__, _processor()]).encode()).hexdigest()
-    return cache_directory() / "onnxruntime" / key[:32]
+    """Where the packed graph is kept: a place for each graph, version of ONNX Runtime and kind of processor.
+
+    What a graph names as its data lies beside it, under any name.
+    """
+    folder = PurePosixPath(bundle.manifest.artifact).parent
+    parts = [(name, entry["sha256"]) for name, entry in sorted(bundle.manifest.files.items())
+             if PurePosixPath(name).is_relative_to(folder)]
+    key = [_FORMAT, bundle.manifest.artifact, parts, onnxruntime.__version__, _processor()]
+    return cache_directory() / "onnxruntime" / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 
 def _processor() -> tuple[str, ...]:
@@ -178,13 +195,23 @@ class OnnxSession(Session):
     table = MappedPages()
 
     def __init__(self, program: onnxruntime.InferenceSession, spec: StateSpec, vocab_size: int, chunk: int) -> None:
-        super().__init__(spec, vocab_size, chunk)
         self.program = program
-        self._next = [state if tensor.update == APPEND else tensor.fresh()
-                      for tensor, state in zip(spec.tensors, self.state, strict=True)]
+        super().__init__(spec, vocab_size, chunk)
         self._logits = np.empty((1, 1, vocab_size), np.float32)
         self._mask = np.ones((1, spec.context), np.int64)
-        self._bindings = [self._bind(self.state, self._next), self._bind(self._next, self.state)]
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """The buffers whose turn it is to be read."""
+        return self._buffers[self._turn]
+
+    @state.setter
+    def state(self, tensors: list[torch.Tensor]) -> None:
+        others = [state if tensor.update == APPEND else tensor.fresh()
+                  for tensor, state in zip(self.spec.tensors, tensors, strict=True)]
+        self._buffers = tensors, others
+        self._bindings = self._bind(tensors, others), self._bind(others, tensors)
+        self._turn = 0  # one number, so that they cannot be interrupted half-way in taking turns
 
     def _bind(self, past: list[torch.Tensor], present: list[torch.Tensor]) -> onnxruntime.IOBinding:
         binding = self.program.io_binding()
@@ -200,7 +227,7 @@ class OnnxSession(Session):
 
     def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         ids, scored = np.array([tokens], np.int64), np.array([count], np.int64)
-        binding = self._bindings[0]
+        binding = self._bindings[self._turn]
         if self.scored > 1:
             binding.bind_input("num_logits_to_keep", "cpu", 0, np.int64, scored.shape, scored.ctypes.data)
         if count == 1:
@@ -212,6 +239,5 @@ class OnnxSession(Session):
                            self._mask.ctypes.data)
         self.program.run_with_iobinding(binding)
         self.table.forget()
-        self.state, self._next = self._next, self.state
-        self._bindings.reverse()
+        self._turn = 1 - self._turn
         return self._logits[0].copy() if count == 1 else binding.get_outputs()[-1].numpy()[0]

@@ -6,7 +6,8 @@ new keys and values. Caches are inputs only; a step gives its new rows, and the 
 
 Whatever depends on where the tokens stand (rotations, masks, the choice of the last valid token) is computed once
 at the beginning of the program, so that no layer has an index that is not constant. Choices are products with
-rows of a unit matrix, which are exact in every type.
+rows of a unit matrix, which are exact in every type. A product with 0 hides finite values only, so what is computed
+of padding is replaced by zeros before it meets anything else; rows of a cache past the position must be finite.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Place(NamedTuple):
     start: int32 [1], tokens before the step; cos, sin: [T, 1, D]
     past_mask: [context], new_mask: [1, 1, G*T, T], added to scores; G query heads share a key head
     conv_rows: [taps - 1, taps - 1 + T], chooses the next conv state; last_row: [1, T], the last valid token
+    is_valid: bool [T, 1], which tokens are no padding; the last three None where no step has any
     """
 
     start: Tensor
@@ -76,6 +78,11 @@ class Place(NamedTuple):
     new_mask: Tensor
     conv_rows: Tensor | None
     last_row: Tensor | None
+    is_valid: Tensor | None
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """x: [..., T, size] -> the same, zeros in the place of padding"""
+        return x if self.is_valid is None else torch.where(self.is_valid, x, 0.0)
 
 
 class StaticLowering(Lowering):
@@ -167,10 +174,11 @@ class Positions(nn.Module):
         cos, sin = F.embedding(positions, self.rotations).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D]
         unseen = (self.columns >= step.position).to(self.dtype) * HIDDEN  # [context]
         if step.valid is None:
-            return Place(step.position, cos, sin, unseen, self.new_mask, None, None)
+            return Place(step.position, cos, sin, unseen, self.new_mask, None, None, None)
         conv_rows = (self.conv_columns == self.conv_offsets + step.valid).to(self.dtype)
         last_row = (self.offsets == step.valid - 1).to(self.dtype)[None]
-        return Place(step.position, cos, sin, unseen, self.new_mask, conv_rows, last_row)
+        is_valid = (self.offsets < step.valid).unsqueeze(1)
+        return Place(step.position, cos, sin, unseen, self.new_mask, conv_rows, last_row, is_valid)
 
 
 class ShiftedSum(nn.Module):
@@ -188,7 +196,7 @@ class ShiftedSum(nn.Module):
         """x: [1, T, H]; state: [1, taps - 1, H] -> the same"""
         if self.weight.shape[2] == 1:
             return self.convolve(x, x.shape[1]), state
-        columns = torch.cat([state, x], dim=1)  # [1, taps - 1 + T, H]
+        columns = torch.cat([state, self.clean(x, place)], dim=1)  # [1, taps - 1 + T, H]
         return self.convolve(columns, x.shape[1]), self.next_state(columns, x.shape[1], place)
 
     def convolve(self, columns: Tensor, length: int) -> Tensor:
@@ -196,6 +204,10 @@ class ShiftedSum(nn.Module):
         taps = (self.weight.select(1, 0).select(1, tap) for tap in range(self.weight.shape[2]))  # [H] each
         y = functools.reduce(torch.add, (columns[:, tap:tap + length] * weight for tap, weight in enumerate(taps)))
         return y if self.bias is None else y + self.bias
+
+    def clean(self, x: Tensor, place: Place) -> Tensor:
+        """x: [1, T, H] -> the same without what padding has made of it"""
+        return place.without_padding(x)
 
     def next_state(self, columns: Tensor, length: int, place: Place) -> Tensor:
         """columns: [1, taps - 1 + length, H] -> [1, taps - 1, H]"""
@@ -207,7 +219,7 @@ class LastValidToken(nn.Module):
 
     def forward(self, x: Tensor, place: Place, count: int) -> Tensor:
         """x: [1, T, H] -> [1, 1, H]"""
-        return x if place.last_row is None else place.last_row @ x
+        return x if place.last_row is None else place.last_row @ place.without_padding(x)
 
 
 class TwoPartAttention(nn.Module):
@@ -227,7 +239,8 @@ class TwoPartAttention(nn.Module):
         Returns [1, T, heads, D], and the step's rows of the caches, [1, kv_heads, T, D] each.
         """
         past_keys, past_values = state
-        query, key, value = grouped(query * self.scale, key.shape[2]), key.transpose(1, 2), value.transpose(1, 2)
+        query = grouped(query * self.scale, key.shape[2])
+        key, value = (place.without_padding(rows.transpose(1, 2)) for rows in (key, value))  # [1, kv_heads, T, D]
         scores = torch.cat([query @ past_keys.transpose(2, 3) + place.past_mask,
                             query @ key.transpose(2, 3) + place.new_mask], dim=-1)  # [1, kv_heads, G*T, context + T]
         context = past_keys.shape[2]

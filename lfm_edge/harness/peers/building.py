@@ -20,6 +20,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from lfm_edge import cached
 from lfm_edge.bundle import Bundle, new_bundle
 from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.config import ModelConfig
@@ -42,10 +43,13 @@ def prepare(peer: Peer, bundle: Bundle, model: str | None, progress: Callable[[s
     manifest = bundle.manifest
     arguments = peer.arguments(manifest)
     place = cache_directory() / "peers" / f"{peer.name}-{_digest(peer, arguments, manifest.source_sha256)}"
-    if place.is_dir():
+    if cached.is_whole(place):
         progress(f"{peer.name}: built before, {place}")
         return Built.read(place)
     checkpoint = bundle.source(model)
+    if place.is_dir():
+        progress(f"{peer.name}: what was built before is damaged, {place}")
+        shutil.rmtree(place)
     config = replace(checkpoint.config, max_position_embeddings=manifest.state.context)
     with new_bundle(place, force=False) as directory:
         scratch = directory / "scratch"
@@ -59,6 +63,7 @@ def prepare(peer: Peer, bundle: Bundle, model: str | None, progress: Callable[[s
         size = sum(path.stat().st_size for path in (directory / "artifact").rglob("*") if path.is_file())
         Built(directory, peer.name, arguments, peer.versions, manifest.source_sha256, config, seconds, peak,
               size).write()
+        cached.seal(directory, of=str(bundle.directory.resolve()))
     progress(f"{peer.name}: built in {seconds:.0f} s, with at most {peak / 1e6:,.0f} MB of memory; kept in {place}")
     return Built.read(place)
 

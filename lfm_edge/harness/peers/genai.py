@@ -89,9 +89,8 @@ class GenaiSession(PeerSession):
         parameters.set_search_options(max_length=self.spec.context, do_sample=False)
         self.generator = _library().Generator(self.model, parameters)
 
-    def reset(self) -> None:
+    def _empty(self) -> None:
         self._begin()
-        self.position, self.tokens = 0, []
 
     def stand_at(self, position: int) -> None:
         """Go there by computing what was taken so far, from its beginning, again and again."""

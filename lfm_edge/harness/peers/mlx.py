@@ -76,9 +76,8 @@ class MlxLmSession(PeerSession):
         self.model = model
         self.caches = model.make_cache()
 
-    def reset(self) -> None:
+    def _empty(self) -> None:
         self.caches = self.model.make_cache()
-        self.position, self.tokens = 0, []
 
     def _room(self) -> int:
         return _STEP
@@ -93,8 +92,8 @@ class MlxLmSession(PeerSession):
         import mlx.core as mx
 
         if not self.position:
-            self.prefill([0])
-        rows = mx.arange(position) % self.position
+            self._step([0])
+        rows = mx.arange(position) % max(self.position, 1)
         for cache in self.caches:
             if hasattr(cache, "offset"):  # of attention; a convolution's has no position
                 keys, values = (mx.take(part, rows, axis=2) for part in cache.state[:2])

@@ -155,6 +155,10 @@ class PeerSession(Session):
         """The whole prompt: none of the peers cuts it in parts by itself."""
         return self.spec.context
 
+    def _replace(self, kept: Any) -> None:
+        """Refused: a peer goes forward, or begins anew."""
+        raise LfmEdgeError("the peer keeps its state")
+
 
 def traits_of(manifest: Manifest) -> Traits:
     """What a bundle is, line by line, to hold beside what a peer's artifact is."""
