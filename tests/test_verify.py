@@ -170,7 +170,7 @@ def test_nan_logits_are_never_close():
     import numpy as np
 
     bad = parity.compare("decode", [np.array([np.nan, 1.0], np.float32)], [np.array([0.0, 1.0], np.float32)])
-    assert not bad.within(parity.Limits(1e9, 1e9, 1e9))
+    assert not bad.within(parity.Limits({"decode": parity.Limit(1e9, 1e9)}, 1e9))
 
 
 def test_every_target_states_thresholds_that_a_chance_answer_misses():
