@@ -238,7 +238,7 @@ class Benchmark:
 
     @property
     def full_context_bytes(self) -> int:
-        """The peak with the whole context filled: what was measured, and the rows of the cache that were not filled yet.
+        """The peak with the whole context filled: what was measured, and the rows of the cache that were not filled.
 
         Those are counted from the layout of the state: none where the runtime takes them all at once, or for a peer.
         """

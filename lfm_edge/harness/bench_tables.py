@@ -35,7 +35,7 @@ def bench_tables(result: BenchResult, *, projections: bool = False) -> list[Tabl
 
 
 def budget_lines(result: BenchResult) -> list[str]:
-    """One line for each bundle that is over its limit or the budget, or was not held against it, and what would help."""
+    """A line for each bundle that is over its limit or the budget, with what would help, or was not held against it."""
     lines = [entry.reason for entry in result.over_limit]
     lines += [budget_line(bench) for bench in result.bundles if not bench.within_budget]
     lines += [f"{entry.bundle}: {unchecked_line(result, entry)}" for entry in result.unchecked]

@@ -19,11 +19,11 @@ from lfm_edge.harness.rounding import RoundingCheck, check_rounding
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.calibration import read_kv_scales, read_windows
-from lfm_edge.quantization.recipe import GPTQ
+from lfm_edge.quantization.recipe import GPTQ, Recipe
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.sample import sample_tokens, text_windows
 from lfm_edge.state import StateSpec
-from lfm_edge.targets import Thresholds, reference_runtime
+from lfm_edge.targets import QUALITY_KL, RANDOM_QUALITY_KL, Thresholds, reference_runtime
 
 SCHEMA = "lfm-edge/verify/2"
 GREEDY_TOKENS = 24
@@ -169,7 +169,8 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     torch_runtime = reference_runtime()
     exact = torch_runtime.ReferenceSession(manifest.config, torch_runtime.float_weights(checkpoint),
                                            StateSpec.of(manifest.config, manifest.state.context))
-    cost = quality.compare(windows, map(exact.score, windows), quantized_logits, _quality_limit(checkpoint, thresholds))
+    cost = quality.compare(windows, map(exact.score, windows), quantized_logits,
+                           _quality_limit(checkpoint, manifest.recipe))
     answers = quality.right_answers(exact, bundle, tasks, progress.advance)
     return Verification(
         str(bundle.directory), manifest.target, manifest.state.context, bundle.artifact_bytes, manifest.state.nbytes,
@@ -178,9 +179,10 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
         quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped, baked)
 
 
-def _quality_limit(checkpoint: Checkpoint, thresholds: Thresholds) -> float:
+def _quality_limit(checkpoint: Checkpoint, recipe: Recipe) -> float:
     """What quantization may cost this model, in nats."""
-    return thresholds.random_quality_kl if isinstance(checkpoint, RandomCheckpoint) else thresholds.quality_kl
+    limits = RANDOM_QUALITY_KL if isinstance(checkpoint, RandomCheckpoint) else QUALITY_KL
+    return limits[min(scheme.bits for scheme in (recipe.body, recipe.head, *recipe.mixed.values()))]
 
 
 def _at(places: dict[str, list[int]], logits: Any) -> dict[str, Any]:
