@@ -122,8 +122,10 @@ def test_the_bound_holds_whatever_the_weights_are(kind, scheme):
 def test_weights_that_are_not_finite_never_pass():
     weight = torch.randn(8, 64)
     quantized = quantize(weight, Scheme(4, 32))
-    weight[0, 0] = torch.nan
-    assert not error_share(weight, quantized, NEAREST) <= 1.0
+    for wrong in (torch.nan, torch.inf):
+        weight[0, 0] = wrong
+        assert error_share(weight, quantized, NEAREST) == error_share(weight, quantized, GPTQ) == float("inf")
+    assert error_share(torch.zeros(8, 64), quantize(torch.zeros(8, 64), Scheme(4, 32)), NEAREST) == 0.0
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from lfm_edge.quantization.tensor import QuantizedTensor
 # weight is up to 1.2 half steps off, and a row up to 3.2. So the whole weight counts, and may be twice as far.
 _GPTQ_FACTOR = 2.0
 _OF_ALL = 2.0 ** -8  # of a weight's root mean square: rows that are next to nothing beside the others need no better
+_TINY = 1e-30  # of a weight that is zero: divide by something
 _SLACK = 1.01  # scales are rounded to bfloat16
 
 
@@ -54,9 +55,9 @@ def check_rounding(checkpoint: Checkpoint, weights: Weights, rounding: str,
         exact, weight = checkpoint.tensor(name).float(), weights[name]
         if isinstance(weight, QuantizedTensor):
             share = error_share(exact, weight, rounding)
-            if not share <= 1.0:  # NaN is wrong
+            if share > 1.0:
                 wrong.append(name)
-            if not share <= highest:
+            if share > highest:
                 worst, highest, error = name, share, relative_error(exact, weight)
             weight.release()
         elif not torch.equal(exact, weight):
@@ -68,7 +69,7 @@ def check_rounding(checkpoint: Checkpoint, weights: Weights, rounding: str,
 def error_share(exact: Tensor, weight: QuantizedTensor, rounding: str) -> float:
     """How far a quantized weight is from the exact one, as a share of what its scheme may err: 1 at most.
 
-    exact: float32 [rows, cols]
+    exact: float32 [rows, cols]; infinity where one of its numbers is not finite
 
     Plain rounding with a group's largest weight at the largest code errs by at most half a step, and the search for
     scales never by more, of each row in root mean square. So half a step is the bound, whatever the weights are: the
@@ -76,11 +77,12 @@ def error_share(exact: Tensor, weight: QuantizedTensor, rounding: str) -> float:
     """
     if exact.shape != weight.shape:
         return float("inf")
-    groups = exact.view(len(exact), -1, weight.group_size)
+    groups = exact.reshape(len(exact), -1, weight.group_size)
     half_steps = groups.abs().amax(2) / (2 ** (weight.bits - 1) - 1) / 2  # [rows, groups]
     most = half_steps.norm(dim=1) * weight.group_size ** 0.5
     errors = (exact - weight.dequantize()).norm(dim=1)  # [rows]
     if rounding == GPTQ:
-        return float(errors.norm() / (_GPTQ_FACTOR * most.norm()).clamp(min=1e-30))
-    most = _SLACK * most + _OF_ALL * exact.norm() / len(exact) ** 0.5
-    return float((errors / most.clamp(min=1e-30)).max())
+        shares = errors.norm() / (_GPTQ_FACTOR * most.norm()).clamp(min=_TINY)
+    else:
+        shares = errors / (_SLACK * most + _OF_ALL * exact.norm() / len(exact) ** 0.5).clamp(min=_TINY)
+    return float(shares.nan_to_num(nan=torch.inf).max())
