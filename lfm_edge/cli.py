@@ -240,7 +240,10 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, each in a fresh process.")] = 3,
     sustained: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="Also decode this long without a pause, "
                                              "to see it slow down; 0 for not.")] = 0.0,
-    budget: Annotated[str, typer.Option(help="What the peak memory above an empty process may reach.")] = "1GB",
+    budget: Annotated[str | None, typer.Option(
+        metavar="SIZE", show_default=False, help="What memory above an empty process may reach with the whole context "
+                                                 "filled; given, a bundle that cannot be measured here fails. "
+                                                 "(default: 1GB)")] = None,
     memory_limit: Annotated[str | None, typer.Option(
         metavar="SIZE", show_default=False, help="Let the operating system end a round that takes more memory above an "
                                                  "empty process, such as 900MB.")] = None,
@@ -259,14 +262,15 @@ def bench(
 ) -> None:
     """Measure load time, time to first token, tokens per second and memory.
 
-    Exits with 1 where a bundle is over the budget or the memory limit; peers may be. Bundles and peers for Apple's
-    runtimes are measured on a Mac only, bundles for the NPU on a Snapdragon device.
+    Exits with 1 where a bundle is over the budget or the memory limit, or was not measured and one of them is given;
+    peers may be. Bundles and peers for Apple's runtimes are measured on a Mac only, bundles for the NPU on a Snapdragon
+    device.
     """
     if model is not None and not against:
         raise LfmEdgeError(f"--model {model}: bench reads a checkpoint for peers only; give --against as well")
     from lfm_edge.harness.memory import parse_bytes
 
-    budget_bytes = parse_bytes(budget)
+    budget_bytes = None if budget is None else parse_bytes(budget)
     limit_bytes = None if memory_limit is None else parse_bytes(memory_limit)
     opened = [_open(path) for path in bundles]
     check_outputs({"--json": json_file}, [file for one in opened for file in one.files])

@@ -107,7 +107,8 @@ def assert_verified(bundle: Bundle) -> Verification:
     """Every check of `verify` but quality, with a tighter tolerance than a user's. (Random models have no quality.)"""
     result = verify(bundle)
     assert result.weights.passed and result.weights.blobs > 0
-    assert result.limits.logit_error < 1.0
+    assert result.rounding.passed, result.rounding
+    assert all(limit.logit_error < 1.0 for limit in result.limits.phases.values())
     for row in result.parity:
         assert row.within(result.limits), row
     assert result.typical_error <= max(_STRICT, 3 * result.typical_floor)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -118,7 +119,7 @@ def test_decode_is_held_against_the_bandwidth_beside_its_round(tiny_bundle, made
 
 
 def test_over_the_budget_exits_with_1_and_advice(tiny_bundle, made_up, monkeypatch, capsys):
-    """Two positions past a context of 64 are over: the cache is what can shrink enough, and what is said."""
+    """The cache is what can shrink enough, and what is said."""
     monkeypatch.setattr(sys, "argv", ["lfm-edge", "bench", str(tiny_bundle.directory), "--repeat", "1",
                                       "--prompt-tokens", "500", "--budget", "39.5MB", "--json", "-"])
     with pytest.raises(SystemExit) as end:
@@ -127,10 +128,43 @@ def test_over_the_budget_exits_with_1_and_advice(tiny_bundle, made_up, monkeypat
     assert end.value.code == 1
     line = output.err.splitlines()[-1]
     assert "peak memory 40.0 MB is over the budget of 39.5 MB; most of it: the runtime's own" in line
-    assert line.endswith("an export with --context 192 or --kv-dtype int8 would bring it under")
+    assert line.endswith("an export with --context 192 would bring it under")
     raw = json.loads(output.out)
     assert raw["benchmarks"][0]["within_budget"] is False and raw["passed"] is False
     assert raw["command"].startswith("lfm-edge bench ")
+
+
+def test_a_budget_that_only_the_full_context_breaks_is_broken(tiny_bundle, made_up, monkeypatch, capsys):
+    """40 MB were measured with 10 positions filled; the cache of the other 1,014 takes some more."""
+    state = tiny_bundle.manifest.state
+    rest = state.nbytes_of(conv=False) * (state.context - 10) // state.context
+    result, = bench([tiny_bundle], Settings((8,), 2, budget=40 * MB + rest)).benchmarks
+    assert result.full_context_bytes == 40 * MB + rest and result.within_budget
+
+    monkeypatch.setattr(sys, "argv", ["lfm-edge", "bench", str(tiny_bundle.directory), "--prompt-tokens", "8",
+                                      "--generate-tokens", "2", "--budget", str(40 * MB + rest - 1), "--json", "-"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    output = capsys.readouterr()
+    assert end.value.code == 1
+    line = output.err.splitlines()[-1]
+    assert "peak memory 40.0 MB with 10 positions filled grows to" in line
+    assert "at the full context of 1,024, over the budget" in line and "--context 960" in line
+    entry, = json.loads(output.out)["benchmarks"]
+    assert entry["within_budget"] is False and entry["full_context_bytes"] == 40 * MB + rest
+    assert entry["peak_bytes"] < entry["budget_bytes"]
+
+
+def test_a_cache_that_was_taken_at_once_is_not_counted_twice(tiny_bundle, made_up):
+    result, = bench([tiny_bundle], Settings((8,), 2)).benchmarks
+    whole = replace(result, predicted=result.at_full_context)
+    assert whole.full_context_bytes == whole.peak_bytes == 40 * MB
+
+
+def test_a_peak_at_load_hides_what_the_cache_takes_later(tiny_bundle, made_up):
+    result, = bench([tiny_bundle], Settings((8,), 2)).benchmarks
+    load = Moment("load", 0, Memory(0, 0, 90 * MB))
+    assert replace(result, moments=(load, *result.moments), peak_bytes=90 * MB).full_context_bytes == 90 * MB
 
 
 @pytest.mark.parametrize(("kind", "events", "text", "files"), [
@@ -193,6 +227,24 @@ def test_a_bundle_for_another_machine_is_not_measured(tmp_path, made_up, monkeyp
     assert result.not_measured[0].reason.endswith("Run this command there")
     table, = bench_tables(result)
     assert table.title == "not measured"
+
+
+@pytest.mark.parametrize(("options", "asked"), [
+    (("--budget", "1GB"), "the budget of 1,000.0 MB was not checked"),
+    (("--memory-limit", "900MB"), "the memory limit of 900.0 MB was not checked"),
+    (("--budget", "1GB", "--memory-limit", "900MB"), "the memory limit of 900.0 MB were not checked")], ids=str)
+def test_a_budget_that_nobody_has_checked_is_not_met(tmp_path, made_up, monkeypatch, capsys, options, asked):
+    monkeypatch.setattr("lfm_edge.targets.sys.platform", "linux")
+    monkeypatch.setattr("lfm_edge.harness.bench._Run.warm_up", lambda run: None)
+    fill_bundle(tmp_path, target="mlx-q4")
+    monkeypatch.setattr(sys, "argv", ["lfm-edge", "bench", str(tmp_path), *options, "--json", "-"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    output = capsys.readouterr()
+    line, = output.err.splitlines()[-1:]
+    assert end.value.code == 1
+    assert line.startswith(f"{tmp_path}: not measured, so the ") and asked in line
+    assert json.loads(output.out)["passed"] is False
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -11,7 +11,7 @@ import pytest
 
 from lfm_edge.bundle import Bundle, Manifest, new_bundle, open_bundle
 from lfm_edge.errors import BundleError, ConfigError, ExportError
-from tests.helpers import TINY, contents, fill_bundle
+from tests.helpers import contents, fill_bundle
 
 
 @pytest.fixture

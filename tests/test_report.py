@@ -233,6 +233,43 @@ def test_bundles_that_were_not_measured_are_there_with_the_reason(results, repor
         results["verify"]["bundle"], "parity: after restore", "the state is inside the program")]
 
 
+def test_a_bundle_that_was_to_keep_to_a_budget_and_was_not_measured_fails(results, report):
+    results["bench"]["not_measured"] = [{"bundle": "mlx", "target": "mlx-q4", "reason": "runs on Apple silicon",
+                                         "artifact_bytes": 786_200_000, "state_bytes": 1}]
+    results["bench"]["settings"]["budget"] = 900_000_000
+    for entry in results["bench"]["benchmarks"]:
+        entry["budget_bytes"] = 900_000_000
+    done = report(results["bench"])
+    line = "not measured, so the budget of 900.0 MB was not checked: runs on Apple silicon"
+    assert done.code == 1 and done.err == f"mlx: measured: {line}\n"
+    assert done.cases("failure") == [("mlx", "measured", line)] and done.cases("skipped") == []
+    assert done.page.failures == [f"mlx: measured {line}"] or line in done.page.failures[0]
+    assert "❌ not measured" in done.markdown
+
+
+def test_a_budget_that_only_the_full_context_breaks_fails(results, report):
+    entry = results["bench"]["benchmarks"][0]
+    entry["budget_bytes"] = entry["peak_bytes"] + 1
+    entry["at_full_context"]["kv_cache"] += 50_000_000
+    done = report(results["bench"])
+    assert done.code == 1
+    (_, name, message), = done.cases("failure")
+    assert name == "memory budget, 1 thread" and "at the full context of 128, over the budget" in message
+
+
+def test_a_result_of_an_older_verify_is_refused_in_one_line(results, report):
+    results["verify"]["schema"] = "lfm-edge/verify/1"
+    done = report(results["verify"])
+    assert done.code == 2 and not any(done.written)
+    assert len(done.err.splitlines()) == 1 and "lfm-edge/verify/1" in done.err and "lfm-edge/verify/2" in done.err
+
+
+def test_limits_of_other_phases_are_damage(results, report):
+    del results["verify"]["limits"]["phases"]["after reset"]
+    done = report(results["verify"])
+    assert done.code == 2 and "limits.phases: not the phases of parity" in done.err
+
+
 def test_a_bundle_that_was_verified_only_is_there_too(results, report):
     done = report(results["verify"])
     assert "no result of bench" in done.page.text and "speed" not in done.page.sections
@@ -266,6 +303,7 @@ def _break_limit(raw):
 # How each check is broken in the results, its name, and what is said of it.
 BROKEN = {
     "weights": (lambda raw: raw["verify"]["weights"]["missing"].append("layers.1.w1: codes"), "layers.1.w1: codes"),
+    "rounding": (lambda raw: raw["verify"]["rounding"]["wrong"].append("layers.1.w1"), "are not the checkpoint's"),
     "parity: decode": (lambda raw: raw["verify"]["parity"][2].update(logit_error=9.0), "logit error 9.0e+00"),
     "parity: after reset": (lambda raw: raw["verify"]["parity"][3].update(kl_divergence=float("nan")), "KL nan nats"),
     "parity: median of all": (lambda raw: raw["verify"].update(typical_error=0.9), "median logit error 9.0e-01"),
@@ -304,7 +342,7 @@ def test_what_passed_has_no_failure_anywhere(results, report):
     assert done.cases("failure") == [] and done.page.failures == [] and "FAILED" not in done.page.text
     assert "FAILED" not in done.markdown and "❌" not in done.markdown and done.err == ""
     names = {case.get("name") for case in done.suites.iter("testcase")}
-    assert names == {"weights", "parity: full prefill", "parity: chunked prefill", "parity: decode",
+    assert names == {"weights", "rounding", "parity: full prefill", "parity: chunked prefill", "parity: decode",
                      "parity: after reset", "parity: after restore", "parity: lookahead", "parity: median of all",
                      "greedy answer", "quality", "memory budget, 1 thread"}
 

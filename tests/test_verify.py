@@ -2,14 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lfm_edge import export
 from lfm_edge.bundle import Bundle, Manifest
+from lfm_edge.checkpoint import RandomCheckpoint, open_checkpoint
 from lfm_edge.errors import BundleError
 from lfm_edge.harness import parity
-from lfm_edge.harness.verify import verify
+from lfm_edge.harness.verify import NOISE_DRAWS, _quality_limit, verify
+from lfm_edge.quantization.recipe import recipe
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.session import Session
 from lfm_edge.targets import TARGETS
@@ -57,7 +61,6 @@ def test_the_trained_model_answers_exactly_in_float32_and_on_the_device(verified
 
 def test_one_flipped_weight_block_fails(tiny_bundle, tmp_path):
     from exporters.executorch import packed_weights
-    from lfm_edge.checkpoint import open_checkpoint
 
     broken = copy_of(tiny_bundle, tmp_path / "bundle")
     weights = quantize_checkpoint(open_checkpoint(TINY), broken.manifest.recipe)
@@ -104,6 +107,7 @@ def test_the_tolerance_is_tight_where_the_models_noise_allows_it(small_bundle):
     result = verify(small_bundle)
     assert result.limits.typical_error == 1e-4
     assert result.typical_error < 1e-5
+    assert result.limits.of_phase("after reset").logit_error == 1e-3
     assert result.typical_passed and all(row.within(result.limits) for row in result.parity)
 
 
@@ -166,11 +170,76 @@ def test_the_command_exits_with_0_on_a_good_bundle_and_json_goes_to_standard_out
     assert json.loads(finished.stdout)["passed"] is True
 
 
-def test_nan_logits_are_never_close():
-    import numpy as np
+def artifact_off_by(monkeypatch, bundle, error):
+    """Let the artifact's logits be wrong by so much, and count how often the reference is disturbed."""
+    from runtimes.reference import ReferenceSession
 
+    disturbed, jitter = [], ReferenceSession.jitter
+    monkeypatch.setattr(ReferenceSession, "jitter", lambda self, seed, *rest: (disturbed.append(seed),
+                                                                               jitter(self, seed, *rest)))
+    runtime = bundle.target.runtime().ExecutorchSession
+    step = runtime._step
+
+    def off(self, tokens):
+        logits = step(self, tokens).copy()
+        logits[3] += error
+        return logits
+
+    monkeypatch.setattr(runtime, "_step", off)
+    return disturbed
+
+
+@pytest.mark.parametrize("error", [0.0, 0.003, 50.0])
+def test_the_noise_is_drawn_as_often_whatever_the_artifact_does(small_bundle, monkeypatch, error):
+    expected = verify(small_bundle)
+    disturbed = artifact_off_by(monkeypatch, small_bundle, error)
+    result = verify(small_bundle)
+    assert disturbed == list(range(NOISE_DRAWS))
+    assert result.passed == (error == 0.0)
+    assert result.limits == expected.limits and result.floor == expected.floor
+
+
+def test_a_phase_is_held_to_its_own_limit():
+    """An error that the noise of another phase is as large as."""
+    noisy, quiet = (parity.Agreement(phase, 4, error, 1.0, error ** 2, 1.0)
+                    for phase, error in (("decode", 0.1), ("after reset", 1e-6)))
+    limits = parity.Limits.of(TARGETS["android-q4"].thresholds, [noisy, quiet], 1e-6)
+    assert limits.of_phase("decode").logit_error == pytest.approx(0.3)
+    assert limits.of_phase("after reset").logit_error == 1e-3
+    assert noisy.within(limits) and quiet.within(limits)
+    assert not replace(noisy, phase="after reset").within(limits)
+    assert replace(noisy, phase="baked prompt").within(limits)
+
+
+def test_a_tie_of_the_greedy_answer_is_as_wide_as_the_limit_of_decode():
+    limits = parity.Limits({"decode": parity.Limit(0.1, 1.0), "lookahead": parity.Limit(9.0, 9.0)}, 1.0)
+    logits = np.array([1.0, 0.9, -1.0, -0.9], np.float32)
+    near, far = (parity.judge_greedy([token], [logits], limits) for token in (1, 3))
+    assert (near.exact, near.ties, near.passed) == (0, 1, True) and not far.passed
+
+
+def test_the_reference_reads_the_text_once_for_all_phases(small_bundle):
+    """Each phase of the artifact's is compared at the places of the text where it stands."""
+    tokens = list(range(20, 76))
+    places = parity.places(small_bundle.session(), tokens, list(parity.PHASES))
+    assert places["full prefill"] == [41] and places["decode"] == list(range(42, 56))
+    assert places["chunked prefill"] == [0, 3, 12, 39, 41]
+    assert places["after reset"] == list(range(6))
+    assert places["after restore"] == [23, *range(24, 29)] and places["lookahead"] == list(range(21, 29))
+
+
+def test_what_quantization_may_cost_is_by_the_fewest_bits_and_looser_for_random_weights(verified):
+    trained, random = open_checkpoint(TINY), RandomCheckpoint("lfm2-350m")
+    four, eight, narrow_head = (recipe(*bits, "float") for bits in ((4, 32, 8), (8, 32, 8), (8, 32, 4)))
+    assert verified.quality.limit == 0.25
+    assert [_quality_limit(trained, bits) for bits in (four, eight, narrow_head)] == [0.25, 0.05, 0.25]
+    assert [_quality_limit(random, bits) for bits in (four, eight, narrow_head)] == [0.5, 0.1, 0.5]
+    assert verified.quality.kl_divergence < 0.02
+
+
+def test_nan_logits_are_never_close():
     bad = parity.compare("decode", [np.array([np.nan, 1.0], np.float32)], [np.array([0.0, 1.0], np.float32)])
-    assert not bad.within(parity.Limits(1e9, 1e9, 1e9))
+    assert not bad.within(parity.Limits({"decode": parity.Limit(1e9, 1e9)}, 1e9))
 
 
 def test_every_target_states_thresholds_that_a_chance_answer_misses():

@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from lfm_edge.harness.round import Moment, OverTheLimit, Plan, Point, Round, run
 from lfm_edge.harness.stats import Ratio, Spread
 
 SCHEMA = "lfm-edge/bench/2"
+DEFAULT_BUDGET = 10**9
 ALL_FILLS = (1024, 4096, 16384, 32768)  # what `all` stands for, with the whole context, as far as that holds them
 
 
@@ -42,7 +43,9 @@ class Settings:
     fills: context fills to measure decode and memory at; empty for none, None for all usual ones
     threads: of the runtime, each in turn; empty for all cores
     repeat: rounds; sustained_s: seconds of decode without a pause, in one more process; 0 for none
-    budget: bytes that the peak above an empty process may reach; memory_limit: what the system enforces, or None
+    budget: bytes that a bundle may take above an empty process with its whole context filled; None for 1 GB
+    memory_limit: what the system enforces, or None
+        A bundle that cannot be measured here does not pass where one of these two is given: nobody has checked it.
     against: names of peers; `NAME=BUNDLE` is one that matches this bundle and is held against all of them
     model: where the checkpoint is that peers are built from, if not where bundles say
     """
@@ -53,10 +56,20 @@ class Settings:
     threads: tuple[int, ...] = ()
     repeat: int = 3
     sustained_s: float = 0.0
-    budget: int = 10**9
+    budget: int | None = None
     memory_limit: int | None = None
     against: tuple[str, ...] = ()
     model: str | None = None
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget, given or not."""
+        return DEFAULT_BUDGET if self.budget is None else self.budget
+
+    @property
+    def demands_measuring(self) -> bool:
+        """Whether something was asked for that only a measurement can answer with yes."""
+        return self.budget is not None or self.memory_limit is not None
 
     def plan(self, subject: Subject, threads: int | None) -> Plan:
         """One round of it. Raises LfmEdgeError where that does not fit its context."""
@@ -195,6 +208,7 @@ class Benchmark:
     load_s: to a session; first_token_s: the first prompt's prefill after a load, cold
     moments: medians of the rounds, and the largest peak; predicted, at_full_context: by part, of the most that was
         filled and of the whole context; None where no manifest tells
+    peak_bytes: the most that was measured
     peer: None for a bundle of the user's
     sustained_tps: of each window of the sustained decode, in order
     remedies: what would bring it under the budget, where it is over; each entry is one way
@@ -223,13 +237,25 @@ class Benchmark:
     baked: BakedTimes | None = None
 
     @property
+    def full_context_bytes(self) -> int:
+        """The peak with the whole context filled: what was measured, and the rows of the cache that were not filled.
+
+        Those are counted from the layout of the state: none where the runtime takes them all at once, or for a peer.
+        """
+        if self.predicted is None or self.at_full_context is None:
+            return self.peak_bytes
+        most_filled = max((moment.memory.peak for moment in self.moments if moment.tokens == self.predicted.filled),
+                          default=self.peak_bytes)
+        return max(self.peak_bytes, most_filled + self.at_full_context.kv_cache - self.predicted.kv_cache)
+
+    @property
     def within_budget(self) -> bool:
-        """Whether the peak above the empty process is at most the budget."""
-        return self.peak_bytes <= self.budget_bytes
+        """Whether it is at most the budget above the empty process, with the whole context filled."""
+        return self.full_context_bytes <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "within_budget": self.within_budget,
+        return {**asdict(self), "full_context_bytes": self.full_context_bytes, "within_budget": self.within_budget,
                 "predicted": _with_total(self.predicted), "at_full_context": _with_total(self.at_full_context)}
 
 
@@ -284,8 +310,17 @@ class BenchResult:
 
     @property
     def passed(self) -> bool:
-        """Whether every measured bundle lives within its limit and the budget. (Peers need not.)"""
-        return all(entry.peer for entry in self.over_limit) and all(result.within_budget for result in self.bundles)
+        """Whether every bundle lives within its limit and the budget, and was measured where either was asked for.
+
+        Peers need not.
+        """
+        return (all(entry.peer for entry in self.over_limit) and all(result.within_budget for result in self.bundles)
+                and not self.unchecked)
+
+    @property
+    def unchecked(self) -> list[LeftOut]:
+        """Bundles that were to keep to a budget or a limit, and cannot be measured here."""
+        return [entry for entry in self.not_measured if not entry.peer] if self.settings.demands_measuring else []
 
     @property
     def bundles(self) -> list[Benchmark]:
@@ -453,20 +488,23 @@ class _Run:
         subject, rounds = series.subject, series.rounds
         manifest, peak = subject.manifest, max(made.peak_bytes for made in rounds)
         filled = max(moment.tokens for moment in rounds[0].moments)
-        over = peak - self.settings.budget
-        return Benchmark(
+        result = Benchmark(
             bundle=subject.name, target=subject.target, threads=series.plan.threads,
             first_load_s=series.first_load_s, load_s=Spread.of([made.load_s for made in rounds]),
             first_token_s=Spread.of([made.first_token_s for made in rounds]),
             points=tuple(self._point(manifest, series.bandwidth, points) for points in series.points().values()),
             moments=tuple(map(_moment, zip(*(made.moments for made in rounds), strict=True))),
             baseline_bytes=_median(made.baseline.resident for made in rounds), peak_bytes=peak,
-            budget_bytes=self.settings.budget, artifact_bytes=subject.artifact_bytes, state_bytes=subject.state_bytes,
+            budget_bytes=self.settings.budget_bytes, artifact_bytes=subject.artifact_bytes,
+            state_bytes=subject.state_bytes,
             predicted=manifest and predict(manifest, subject.artifact_bytes, filled),
             at_full_context=manifest and predict(manifest, subject.artifact_bytes, subject.context),
-            sustained_tps=series.sustained_tps,
-            remedies=tuple(remedies(manifest, filled, over)) if manifest and over > 0 else (), rounds=tuple(rounds),
+            sustained_tps=series.sustained_tps, remedies=(), rounds=tuple(rounds),
             peer=subject.peer, baked=_baked([made.baked for made in rounds if made.baked]))
+        if manifest is None or result.within_budget:
+            return result
+        over = result.full_context_bytes - result.budget_bytes
+        return replace(result, remedies=tuple(remedies(manifest, subject.context, over)))
 
     def _point(self, manifest: Manifest | None, bandwidth: Sequence[float], points: Sequence[Point]) -> PointResult:
         """bandwidth: beside each of the rounds that the points are of"""

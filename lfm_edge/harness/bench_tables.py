@@ -35,21 +35,35 @@ def bench_tables(result: BenchResult, *, projections: bool = False) -> list[Tabl
 
 
 def budget_lines(result: BenchResult) -> list[str]:
-    """One line for each bundle that is over its limit or the budget: by how much, of what, and what would help."""
+    """A line for each bundle that is over its limit or the budget, with what would help, or was not held against it."""
     lines = [entry.reason for entry in result.over_limit]
     lines += [budget_line(bench) for bench in result.bundles if not bench.within_budget]
+    lines += [f"{entry.bundle}: {unchecked_line(result, entry)}" for entry in result.unchecked]
     return list(dict.fromkeys(lines))
 
 
 def budget_line(bench: Benchmark) -> str:
     """By how much a bundle is over the budget, what takes most of it, and what would help."""
-    largest = bench.predicted.largest
+    only_full = bench.peak_bytes <= bench.budget_bytes
+    predicted = bench.at_full_context if only_full else bench.predicted
+    budget = f"the budget of {megabytes(bench.budget_bytes)}"
+    found = f"peak memory {megabytes(bench.peak_bytes)} is over {budget}"
+    if only_full:
+        found = (f"peak memory {megabytes(bench.peak_bytes)} with {bench.predicted.filled:,} positions filled grows to "
+                 f"{megabytes(bench.full_context_bytes)} at the full context of {predicted.filled:,}, over {budget}")
     help_ = " or ".join(bench.remedies)
     advice = f"an export with {help_} would bring it under" if help_ else \
         "no smaller context, int8 KV cache or 4-bit head would bring it under"
-    return (f"{bench.bundle}: peak memory {megabytes(bench.peak_bytes)} is over the budget of "
-            f"{megabytes(bench.budget_bytes)}; most of it: {PARTS[largest]}, "
-            f"{megabytes(bench.predicted.parts[largest])} of {megabytes(bench.predicted.total)} predicted; {advice}")
+    return (f"{bench.bundle}: {found}; most of it: {PARTS[predicted.largest]}, "
+            f"{megabytes(predicted.parts[predicted.largest])} of {megabytes(predicted.total)} predicted; {advice}")
+
+
+def unchecked_line(result: BenchResult, entry: LeftOut) -> str:
+    """What was asked for and not checked, and why."""
+    settings = result.settings
+    asked = [f"the {name} of {megabytes(size)}" for name, size in (
+        ("budget", settings.budget), ("memory limit", settings.memory_limit)) if size is not None]
+    return f"not measured, so {' and '.join(asked)} {'were' if len(asked) > 1 else 'was'} not checked: {entry.reason}"
 
 
 def _speed(result: BenchResult) -> Table:
@@ -97,8 +111,9 @@ def _memory(result: BenchResult) -> Table:
     _add(table, result, "predicted", _against_prediction)
     _add(table, result, "predicted at the full context", lambda r: r.at_full_context and (
         f"{megabytes(r.at_full_context.total)} ({r.at_full_context.filled:,} filled)"))
+    _add(table, result, "peak, and the rest of the cache", lambda r: megabytes(r.full_context_bytes))
     _add(table, result, "artifact", lambda r: megabytes(r.artifact_bytes))
-    _add(table, result, f"budget {megabytes(result.settings.budget)}", _budget)
+    _add(table, result, f"budget {megabytes(result.settings.budget_bytes)}", _budget)
     if result.limit_kind:
         table.caption_justify = "left"
         table.caption = (f"under a hard limit of {megabytes(result.settings.memory_limit)} by {result.limit_kind}: "
@@ -222,12 +237,10 @@ def _against_prediction(bench: Benchmark) -> str:
 
 
 def _budget(bench: Benchmark) -> str:
-    over = bench.peak_bytes - bench.budget_bytes
-    if over > 0:
-        return f"[red]over[/] by {megabytes(over)}"
-    if bench.at_full_context and bench.at_full_context.total > bench.budget_bytes:
-        return "[green]within[/], but [yellow]predicted over[/] at the full context"
-    return "[green]within[/]"
+    if bench.within_budget:
+        return "[green]within[/]"
+    return f"[red]over[/] by {megabytes(bench.full_context_bytes - bench.budget_bytes)}" + (
+        " at the full context" if bench.peak_bytes <= bench.budget_bytes else "")
 
 
 def _spread(spread: Spread, digits: int, unit: str) -> str:

@@ -1,22 +1,25 @@
 """Parity: does the artifact compute what the quantized reference computes?
 
-Both sessions are led through the same calls, phase by phase, and the logits of every call are compared.
-The reference has the same integers and rounds activations the same way, so what is left between them is
+A session of the artifact is led through calls, phase by phase, along one text. The logits of every call are compared
+with those that the reference gives at that place of the text, which it reads once, from the beginning, without any of
+these calls. The reference has the same integers and rounds activations the same way, so what is left between them is
 the order of float32 sums, and a tight tolerance catches whatever else is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lfm_edge.generation import generate
 from lfm_edge.session import Logits, Session
+from lfm_edge.state import StateSpec
 from lfm_edge.targets import Thresholds
 
-Steps = list[Logits]
+Steps = Sequence[Logits]
+DECODE = "decode"
 
 
 @dataclass(frozen=True)
@@ -37,35 +40,48 @@ class Agreement:
     top1_agreement: float
 
     def within(self, limits: Limits) -> bool:
-        """Whether the logits are as close as they must be. (NaN is not.)"""
-        return self.logit_error <= limits.logit_error and self.kl_divergence <= limits.kl_divergence
+        """Whether the logits are as close as they must be in this phase. (NaN is not.)"""
+        limit = limits.of_phase(self.phase)
+        return self.logit_error <= limit.logit_error and self.kl_divergence <= limit.kl_divergence
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How close the logits of an artifact must be, in the units of `Agreement`.
-
-    typical_error: of the median over all positions of all phases
-    """
+class Limit:
+    """How close the logits of one phase must be, in the units of `Agreement`."""
 
     logit_error: float
     kl_divergence: float
-    typical_error: float
 
     @classmethod
-    def of(cls, thresholds: Thresholds, floor: Sequence[Agreement], typical_floor: float) -> Limits:
-        """The target's thresholds, or a multiple of the model's noise floor where that is higher.
+    def of(cls, thresholds: Thresholds, floor: Agreement) -> Limit:
+        """The target's thresholds, or a multiple of the model's noise floor in this phase where that is higher.
 
         KL divergence grows with the square of the logits' error, and so does its multiple.
         """
         factor = thresholds.noise_factor
-        return cls(max(thresholds.logit_error, *(factor * row.logit_error for row in floor)),
-                   max(thresholds.kl_divergence, *(factor ** 2 * row.kl_divergence for row in floor)),
-                   max(thresholds.typical_error, factor * typical_floor))
+        return cls(max(thresholds.logit_error, factor * floor.logit_error),
+                   max(thresholds.kl_divergence, factor ** 2 * floor.kl_divergence))
 
-    def admit(self, rows: Sequence[Agreement], typical_error: float) -> bool:
-        """Whether every phase and the median over all of them are as close as they must be. (NaN is not.)"""
-        return typical_error <= self.typical_error and all(row.within(self) for row in rows)
+
+@dataclass(frozen=True)
+class Limits:
+    """How close an artifact must be: each phase by its own limit.
+
+    typical_error: of the median over all positions of all phases
+    """
+
+    phases: dict[str, Limit]
+    typical_error: float
+
+    @classmethod
+    def of(cls, thresholds: Thresholds, floor: Sequence[Agreement], typical_floor: float) -> Limits:
+        """From the noise floor, phase by phase, and the median of the noise."""
+        return cls({row.phase: Limit.of(thresholds, row) for row in floor},
+                   max(thresholds.typical_error, thresholds.noise_factor * typical_floor))
+
+    def of_phase(self, phase: str) -> Limit:
+        """Its limit. What is decoded besides, an answer or what follows a baked prompt, has that of `decode`."""
+        return self.phases.get(phase, self.phases[DECODE])
 
 
 @dataclass(frozen=True)
@@ -120,13 +136,13 @@ def _cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return (ours * theirs).sum(-1) / (np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1))
 
 
-def compare_all(artifact: dict[str, Steps], reference: dict[str, Steps]) -> tuple[list[Agreement], float]:
+def compare_all(artifact: Mapping[str, Steps], reference: Mapping[str, Steps]) -> tuple[list[Agreement], float]:
     """Hold the logits of every phase against the reference's: phase by phase, and the median error over all."""
     return ([compare(phase, artifact[phase], reference[phase]) for phase in reference],
             _typical_error(artifact, reference))
 
 
-def _typical_error(artifact: dict[str, Steps], reference: dict[str, Steps]) -> float:
+def _typical_error(artifact: Mapping[str, Steps], reference: Mapping[str, Steps]) -> float:
     """The median error over all positions of all phases; NaN where a logit is."""
     return float(np.median(np.concatenate([_errors(np.stack(artifact[phase]), np.stack(reference[phase]))
                                            for phase in reference])))
@@ -173,29 +189,30 @@ def after_reset(session: Session, tokens: Sequence[int]) -> Steps:
 
 def after_restore(session: Session, tokens: Sequence[int]) -> Steps:
     """A snapshot, other tokens, and back: the conversation goes on as if nothing had been between."""
+    half = _half(tokens)
     session.reset()
-    session.prefill(tokens[:_prompt_length(tokens) // 2])
+    session.prefill(tokens[:half])
     snapshot = session.snapshot()
-    session.prefill(tokens[-7:])
+    session.prefill(tokens[-7:][:session.spec.context - half])
     session.restore(snapshot)
-    following = tokens[_prompt_length(tokens) // 2:][:8]
+    following = tokens[half:][:8]
     return [session.prefill(following[:3]), *(session.decode(token) for token in following[3:])]
 
 
 def lookahead(session: Session, tokens: Sequence[int]) -> Steps:
     """Wrong guesses that are taken back, then right ones: the logits of every token of one step."""
+    half = _half(tokens)
     session.reset()
-    half, count = _prompt_length(tokens) // 2, min(session.scored, session.chunk, 8)
     session.prefill(tokens[:half])
-    wrong = tokens[-count:]
+    following = tokens[half:][:min(session.scored, session.chunk, 8)]
+    wrong = tokens[-len(following):]
     session.prefill_scored(wrong, len(wrong))
     session.take_back()
-    following = tokens[half:half + count]
     return list(session.prefill_scored(following, len(following)))
 
 
 PHASES: dict[str, Callable[[Session, Sequence[int]], Steps]] = {
-    "full prefill": full_prefill, "chunked prefill": chunked_prefill, "decode": decode,
+    "full prefill": full_prefill, "chunked prefill": chunked_prefill, DECODE: decode,
     "after reset": after_reset, "after restore": after_restore, "lookahead": lookahead,
 }
 NEEDS_SNAPSHOT = frozenset({"after restore"})
@@ -203,8 +220,29 @@ NEEDS_SCORES = frozenset({"lookahead"})  # of more tokens than a step's last
 
 
 def run_phases(session: Session, tokens: Sequence[int], phases: Sequence[str]) -> dict[str, Steps]:
-    """Lead a session through phases; the logits that each call gave."""
+    """Lead a session through phases; the logits that each call gave. tokens: the text, at least 2 of it"""
     return {phase: PHASES[phase](session, tokens) for phase in phases}
+
+
+class _Places(Session):
+    """A session without a model, which tells of each logit vector after which token of the text it is."""
+
+    def __init__(self, like: Session) -> None:
+        super().__init__(StateSpec((), like.spec.context), like.vocab_size, like.chunk)
+        self.scored = like.scored
+
+    def _step(self, tokens: list[int]) -> Logits:
+        return self._scored_step(tokens, 1)[0]
+
+    def _scored_step(self, tokens: list[int], count: int) -> Logits:
+        end = self.position + len(tokens)
+        return np.arange(end - count, end)
+
+
+def places(session: Session, tokens: Sequence[int], phases: Sequence[str]) -> dict[str, list[int]]:
+    """Of the logits that `run_phases` gives, phase by phase: after which token of the text each are."""
+    return {phase: [int(place) for place in steps]
+            for phase, steps in run_phases(_Places(session), tokens, phases).items()}
 
 
 def greedy_tokens(session: Session, prompt: Sequence[int], count: int) -> list[int]:
@@ -223,10 +261,15 @@ def judge_greedy(answer: Sequence[int], reference: Steps, limits: Limits) -> Gre
     """Whether the reference, led along a greedy answer, would have chosen the same tokens."""
     short = [(logits.max() - logits[token]) / logits.std() for token, logits in zip(answer, reference, strict=True)]
     exact = sum(bool(gap == 0) for gap in short)
-    within = sum(bool(gap <= 2 * limits.logit_error) for gap in short)
+    within = sum(bool(gap <= 2 * limits.of_phase(DECODE).logit_error) for gap in short)
     return GreedyAgreement(len(answer), exact, within - exact)
 
 
 def _prompt_length(tokens: Sequence[int]) -> int:
-    """How much of the tokens is prompt: most, with 16 (or a quarter) left to decode."""
-    return len(tokens) - min(16, len(tokens) // 4)
+    """How much of the tokens is prompt: most, with 16 (or a quarter, or 1) left to decode."""
+    return len(tokens) - max(1, min(16, len(tokens) // 4))
+
+
+def _half(tokens: Sequence[int]) -> int:
+    """Half of the prompt, at least a token."""
+    return max(1, _prompt_length(tokens) // 2)

@@ -25,7 +25,7 @@ class Quality:
     """What quantization costs on a text.
 
     float_perplexity, perplexity: of the float32 model and of the quantized reference
-    kl_divergence: mean KL(float32 || quantized) in nats
+    kl_divergence: mean KL(float32 || quantized) in nats; limit: the most that it may be
     top1_agreement: share of positions whose best token is the same
     """
 
@@ -34,6 +34,7 @@ class Quality:
     perplexity: float
     kl_divergence: float
     top1_agreement: float
+    limit: float
     passed: bool
 
 
@@ -58,7 +59,7 @@ def compare(windows: Sequence[Sequence[int]], exact: Iterable[np.ndarray], quant
     float_loss, loss, divergences, same = (np.concatenate(part) for part in zip(*rows, strict=True))
     divergence = float(divergences.mean())
     return Quality(len(divergences), float(np.exp(float_loss.mean())), float(np.exp(loss.mean())), divergence,
-                   float(same.mean()), divergence <= limit)
+                   float(same.mean()), limit, divergence <= limit)
 
 
 def _compare(tokens: Sequence[int], exact: np.ndarray, quantized: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from lfm_edge.bundle import Bundle
 from lfm_edge.errors import one_line
+from lfm_edge.harness.parity import Agreement, Limits
+from lfm_edge.harness.rounding import RoundingCheck
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
 from lfm_edge.harness.verify import Verification
 from lfm_edge.quantization.recipe import NEAREST, MixedBits, Recipe
@@ -21,35 +23,32 @@ def megabytes(count: int) -> str:
 
 def verification_tables(result: Verification) -> list[Table]:
     """What `verify` shows."""
-    parity = Table("phase", "positions", "logit error", "cosine", "KL (nats)", "top-1", "noise floor", "",
+    parity = Table("phase", "positions", "logit error", "limit", "noise floor", "KL (nats)", "limit", "top-1", "",
                    title_justify="left", title=f"{result.target}: artifact against the quantized reference",
                    caption=result.remark or None, caption_justify="left")
     for row, floor in zip(result.parity, result.floor, strict=True):
-        parity.add_row(row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{row.cosine:.6f}",
-                       f"{row.kl_divergence:.1e}",
-                       f"{row.top1_agreement:.1%}", f"{floor.logit_error:.1e}", _verdict(row.within(result.limits)))
-    parity.add_row("median of all", "", f"{result.typical_error:.1e}", "", "", "", f"{result.typical_floor:.1e}",
-                   _verdict(result.typical_passed))
+        parity.add_row(*_agreement(row, result.limits, f"{floor.logit_error:.1e}"))
+    parity.add_row("median of all", "", f"{result.typical_error:.1e}", f"{result.limits.typical_error:.1e}",
+                   f"{result.typical_floor:.1e}", "", "", "", _verdict(result.typical_passed))
     greedy = result.greedy
-    parity.add_row("greedy answer", str(greedy.tokens), "", "", "", f"{greedy.exact}, {greedy.ties} tied", "",
-                   _verdict(greedy.passed))
+    parity.add_row("greedy answer", str(greedy.tokens), "", "", "", "", "",
+                   f"{greedy.exact}, {greedy.ties} tied", _verdict(greedy.passed))
     if result.baked:
-        parity.add_row("baked prompt", str(result.baked.positions), f"{result.baked.logit_error:.1e}",
-                       f"{result.baked.cosine:.6f}", f"{result.baked.kl_divergence:.1e}",
-                       f"{result.baked.top1_agreement:.1%}", "", _verdict(result.baked_passed))
-    limits = result.limits
-    parity.add_row("limit", "", f"{limits.logit_error:.1e}", "", f"{limits.kl_divergence:.1e}", "", "", "")
+        parity.add_row(*_agreement(result.baked, result.limits, ""))
     for phase, reason in result.skipped.items():
-        parity.add_row(phase, "-", "", "", "", "", "", f"not run: {reason}")
-    weights = result.weights
-    parity.add_row("weights", f"{weights.blobs} blobs", "", "", "", "same bits" if weights.passed else
-                   f"{len(weights.missing)} differ: {weights.missing[0]}", "", _verdict(weights.passed))
+        parity.add_row(phase, "-", "", "", "", "", "", "", f"not run: {reason}")
+    weights = Table("weights", "", "", title="weights", title_justify="left")
+    found, rounding = result.weights, result.rounding
+    weights.add_row("in the artifact", f"{found.blobs} blobs, " + (
+        "same bits" if found.passed else f"{len(found.missing)} differ: {found.missing[0]}"), _verdict(found.passed))
+    weights.add_row("from the checkpoint", rounding_line(rounding), _verdict(rounding.passed))
     cost = result.quality
-    quality = Table("positions", "perplexity float32", "quantized", "KL (nats)", "top-1", "",
+    quality = Table("positions", "perplexity float32", "quantized", "KL (nats)", "limit", "top-1", "",
                     title="quantized reference against the float32 model", title_justify="left")
     quality.add_row(str(cost.positions), f"{cost.float_perplexity:.3f}", f"{cost.perplexity:.3f}",
-                    f"{cost.kl_divergence:.4f}", f"{cost.top1_agreement:.1%}", _verdict(cost.passed))
-    tables = [parity, quality]
+                    f"{cost.kl_divergence:.4f}", f"{cost.limit:g}", f"{cost.top1_agreement:.1%}",
+                    _verdict(cost.passed))
+    tables = [parity, weights, quality]
     if result.tasks:
         tasks = Table("task", "prompts", "float32 model", "artifact", "", title="exact answers", title_justify="left")
         for task in result.tasks:
@@ -57,6 +56,23 @@ def verification_tables(result: Verification) -> list[Table]:
                           _verdict(task.passed))
         tables.append(tasks)
     return tables
+
+
+def _agreement(row: Agreement, limits: Limits, floor: str) -> tuple[str, ...]:
+    """The cells of one phase."""
+    limit = limits.of_phase(row.phase)
+    return (row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{limit.logit_error:.1e}", floor,
+            f"{row.kl_divergence:.1e}", f"{limit.kl_divergence:.1e}", f"{row.top1_agreement:.1%}",
+            _verdict(row.within(limits)))
+
+
+def rounding_line(rounding: RoundingCheck) -> str:
+    """How far the weights are from the checkpoint's, and which are further than rounding explains."""
+    if not rounding.passed:
+        return (f"{len(rounding.wrong)} of {rounding.weights} weights are not the checkpoint's, rounded: "
+                f"{', '.join(rounding.wrong[:3])}{', ...' * (len(rounding.wrong) > 3)}")
+    return (f"{rounding.weights} weights are the checkpoint's; the furthest off is {rounding.worst}, by "
+            f"{rounding.relative_error:.2%}, {rounding.share:.0%} of what its rounding may err")
 
 
 def sensitivity_table(found: Sensitivity, chosen: Whole | None, bits: MixedBits | None) -> Table:

@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from lfm_edge.bundle import Bundle, weights_digest
-from lfm_edge.checkpoint import Checkpoint
+from lfm_edge.checkpoint import Checkpoint, RandomCheckpoint
 from lfm_edge.errors import BundleError
 from lfm_edge.files import read_text
 from lfm_edge.harness import parity, quality
 from lfm_edge.harness.baked import baked_agreement
 from lfm_edge.harness.host import provenance
+from lfm_edge.harness.rounding import RoundingCheck, check_rounding
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.calibration import read_kv_scales, read_windows
-from lfm_edge.quantization.recipe import GPTQ
+from lfm_edge.quantization.recipe import GPTQ, Recipe
 from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.sample import sample_tokens, text_windows
 from lfm_edge.state import StateSpec
-from lfm_edge.targets import Thresholds, reference_runtime
+from lfm_edge.targets import QUALITY_KL, RANDOM_QUALITY_KL, Thresholds, reference_runtime
 
-SCHEMA = "lfm-edge/verify/1"
+SCHEMA = "lfm-edge/verify/2"
 GREEDY_TOKENS = 24
-NOISE_DRAWS, MOST_NOISE_DRAWS = 2, 16
+NOISE_DRAWS = 8  # the same for every artifact, whatever it does (docs/verification.md)
 TEXT_WINDOW, TEXT_TOKENS = 512, 4096  # of a user's text; one model's logits of all of it are held at once
 
 
@@ -54,8 +55,9 @@ class Verification:
     source: the checkpoint that it was made from
     remark: who computes, where that is not what computes on the device
     thresholds: the target's
+    rounding: the weights against the checkpoint's
     floor: the quantized reference against itself with some roundings of noise, phase by phase
-    limits: what parity must keep to, from the target's thresholds and the floor
+    limits: what parity must keep to, phase by phase, from the target's thresholds and the floor
     typical_error, typical_floor: the median error over all positions, of the artifact and of the noise
     skipped: phases that this bundle does not allow, with the reason
     baked: a session that starts from the baked prompt against one that prefilled it, both of the artifact
@@ -70,6 +72,7 @@ class Verification:
     remark: str
     thresholds: Thresholds
     weights: WeightCheck
+    rounding: RoundingCheck
     parity: list[parity.Agreement]
     floor: list[parity.Agreement]
     limits: parity.Limits
@@ -94,8 +97,8 @@ class Verification:
     @property
     def passed(self) -> bool:
         """Whether everything is within its limits."""
-        return (self.weights.passed and self.limits.admit(self.parity, self.typical_error)
-                and self.greedy.passed and self.baked_passed and self.quality.passed
+        return (self.weights.passed and self.rounding.passed and all(row.within(self.limits) for row in self.parity)
+                and self.typical_passed and self.greedy.passed and self.baked_passed and self.quality.passed
                 and all(task.passed for task in self.tasks))
 
     def to_dict(self, command: str = "") -> dict[str, Any]:
@@ -104,7 +107,8 @@ class Verification:
             **provenance(SCHEMA, command), "passed": self.passed, "bundle": self.bundle, "target": self.target,
             "context": self.context, "artifact_bytes": self.artifact_bytes, "state_bytes": self.state_bytes,
             "source": self.source, "remark": self.remark, "thresholds": asdict(self.thresholds),
-            "weights": {**asdict(self.weights), "passed": self.weights.passed}, "limits": asdict(self.limits),
+            "weights": {**asdict(self.weights), "passed": self.weights.passed},
+            "rounding": {**asdict(self.rounding), "passed": self.rounding.passed}, "limits": asdict(self.limits),
             "parity": [{**asdict(row), "passed": row.within(self.limits)} for row in self.parity],
             "typical_error": self.typical_error, "typical_floor": self.typical_floor,
             "noise_floor": [asdict(row) for row in self.floor],
@@ -135,6 +139,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     progress.stage("run the artifact", len(tasks) or None)
     session = bundle.session(threads, soc)
     ours = parity.run_phases(session, sequence, phases)
+    places = parity.places(session, sequence, phases)
     prompt = sequence[:max(1, len(sequence) - GREEDY_TOKENS)][:64]
     answer = parity.greedy_tokens(session, prompt, min(GREEDY_TOKENS, manifest.state.context - len(prompt)))
     our_answers = quality.right_answers(session, bundle, tasks, progress.advance)
@@ -144,53 +149,62 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
 
     progress.stage("quantize the reference", len(checkpoint.names))
     weights = quantized_weights(bundle, checkpoint, progress)
+    progress.stage("hold the weights against the checkpoint", len(checkpoint.names))
+    rounding = check_rounding(checkpoint, weights, manifest.recipe.rounding, progress.advance)
     progress.stage("look the weights up in the artifact")
     found = _check_weights(bundle, weights)
     progress.stage("run the quantized reference")
     reference = quantized_reference(bundle, weights)
     del weights
-    theirs = parity.run_phases(reference, sequence, phases)
-    quantized_logits = [reference.score(window) for window in windows]
+    logits = reference.score(sequence)
+    quantized_logits = [logits] if text is None else [reference.score(window) for window in windows]
     followed = parity.follow(reference, prompt, answer)
-    progress.stage("measure its noise floor")
-    agreements, typical = parity.compare_all(ours, theirs)
-    floor, typical_floor, limits = _noise_floor(reference, arithmetic, sequence, theirs, thresholds,
-                                                agreements, typical)
-    del reference
+    agreements, typical = parity.compare_all(ours, _at(places, logits))
+    progress.stage("measure its noise floor", NOISE_DRAWS)
+    floor, typical_floor = _noise_floor(reference, arithmetic, sequence, logits, places, progress)
+    limits = parity.Limits.of(thresholds, floor, typical_floor)
+    del reference, logits
 
     progress.stage("run the float32 model", len(tasks) or None)
     torch_runtime = reference_runtime()
     exact = torch_runtime.ReferenceSession(manifest.config, torch_runtime.float_weights(checkpoint),
                                            StateSpec.of(manifest.config, manifest.state.context))
-    cost = quality.compare(windows, map(exact.score, windows), quantized_logits, thresholds.quality_kl)
+    cost = quality.compare(windows, map(exact.score, windows), quantized_logits,
+                           _quality_limit(checkpoint, manifest.recipe))
     answers = quality.right_answers(exact, bundle, tasks, progress.advance)
     return Verification(
         str(bundle.directory), manifest.target, manifest.state.context, bundle.artifact_bytes, manifest.state.nbytes,
-        manifest.source, remark, thresholds, found,
+        manifest.source, remark, thresholds, found, rounding,
         agreements, floor, limits, typical, typical_floor, parity.judge_greedy(answer, followed, limits), cost,
         quality.compare_tasks(answers, our_answers, thresholds.task_drop), skipped, baked)
 
 
-def _noise_floor(reference: Any, arithmetic: str, sequence: Sequence[int], theirs: dict[str, parity.Steps],
-                 thresholds: Thresholds, agreements: Sequence[parity.Agreement], typical: float,
-                 ) -> tuple[list[parity.Agreement], float, parity.Limits]:
-    """The reference against itself with some roundings of noise: phase by phase, the median, the limits that follow.
+def _quality_limit(checkpoint: Checkpoint, recipe: Recipe) -> float:
+    """What quantization may cost this model, in nats."""
+    limits = RANDOM_QUALITY_KL if isinstance(checkpoint, RandomCheckpoint) else QUALITY_KL
+    return limits[min(scheme.bits for scheme in (recipe.body, recipe.head, *recipe.mixed.values()))]
 
-    theirs: its logits without noise; agreements, typical: of the artifact with those
-    An activation that tips at the first token moves every position after it, and the largest KL divergence of a phase
-    has a long tail: where the artifact is outside the limits that two draws give, they are too few to tell.
+
+def _at(places: dict[str, list[int]], logits: Any) -> dict[str, Any]:
+    """The logits that each phase tells, of those of every token of the text."""
+    return {phase: logits[rows] for phase, rows in places.items()}
+
+
+def _noise_floor(reference: Any, arithmetic: str, sequence: Sequence[int], logits: Any, places: dict[str, list[int]],
+                 progress: Progress) -> tuple[list[parity.Agreement], float]:
+    """The reference against itself with some roundings of noise: the worst of all draws, of each phase and the median.
+
+    logits: its own without noise, of every token of the text, float32 [tokens, vocab]
+    A draw is one reading of the text: no phase calls for another, as each compares logits at places of this text.
     """
     draws, typicals = [], []
-    for seed in range(MOST_NOISE_DRAWS):
+    for seed in range(NOISE_DRAWS):
         reference.jitter(seed, arithmetic)
-        rows, typical_error = parity.compare_all(parity.run_phases(reference, sequence, list(theirs)), theirs)
+        rows, typical = parity.compare_all(_at(places, reference.score(sequence)), _at(places, logits))
         draws.append(rows)
-        typicals.append(typical_error)
-        floor, typical_floor = [parity.worst(of_phase) for of_phase in zip(*draws, strict=True)], max(typicals)
-        limits = parity.Limits.of(thresholds, floor, typical_floor)
-        if len(draws) >= NOISE_DRAWS and limits.admit(agreements, typical):
-            break
-    return floor, typical_floor, limits
+        typicals.append(typical)
+        progress.advance()
+    return [parity.worst(of_phase) for of_phase in zip(*draws, strict=True)], max(typicals)
 
 
 def quantized_weights(bundle: Bundle, checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, Any]:
@@ -231,7 +245,7 @@ def text_for(bundle: Bundle, tasks: list[dict[str, Any]], length: int | None = N
     A model far from what it was trained on is far more sensitive to rounding than in its use.
     """
     manifest, tokenizer = bundle.manifest, bundle.tokenizer()
-    count = min(length or 2 * manifest.prefill_chunk + 24, manifest.state.context - 1)
+    count = min(length or 2 * manifest.prefill_chunk + 24, manifest.state.context)
     tokens: list[int] = []
     for task in tasks:
         if len(tokens) >= count:

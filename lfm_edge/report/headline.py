@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut, PointResult
 from lfm_edge.harness.verify import Verification
-from lfm_edge.report.results import MEMORY_LIMIT, Check, ResultFile, checks, entries, entry_checks, is_peer
+from lfm_edge.report.results import MEASURED, MEMORY_LIMIT, Check, ResultFile, checks, entries, entry_checks, is_peer
 from lfm_edge.targets import TARGETS
 
 NOT_BENCHED = "no result of bench"
@@ -55,6 +55,12 @@ class Headline:
     def over_limit(self) -> bool:
         """Whether the system ended it, as it took more memory than the hard limit."""
         return any(check.passed is False and check.name == MEMORY_LIMIT for check in self.checks)
+
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether it was to keep to a budget or a limit, and was not measured."""
+        return any(check.passed is False and check.name == MEASURED for check in self.checks)
 
 
 def headlines(files: Sequence[ResultFile]) -> list[Headline]:

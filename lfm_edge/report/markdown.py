@@ -49,7 +49,7 @@ def _row(row: Headline, names: Names) -> tuple[str, ...]:
     name = names.series(bench) if bench else names.bundle(row.bundle)
     right = ("not verified", "") if result is None else (_count(row), f"{result.quality.kl_divergence:.4f}")
     if bench is None:
-        why = "❌ over the memory limit" if row.over_limit else "not measured"
+        why = "❌ over the memory limit" if row.over_limit else "❌ not measured" if row.unchecked else "not measured"
         return (code(name), code(row.kind), size(row.artifact_bytes), *right, "", "", why, "")
     speeds = ("", "") if point is None else (
         f"{point.prefill_tps.median:,.1f} tok/s, {point.tokens:,} tokens",

@@ -101,9 +101,11 @@ def _speeds(row: Headline) -> tuple[Cell, Cell, Cell]:
 def _peak(row: Headline) -> Cell:
     bench = row.benchmark
     if bench is None:
-        return failed("over the limit") if row.over_limit else none("not measured")
-    share = bench.peak_bytes / bench.budget_bytes if bench.budget_bytes else 1.0
-    said = f"{share:.0%} of {megabytes(bench.budget_bytes)}"
+        if row.over_limit:
+            return failed("over the limit")
+        return failed("not measured") if row.unchecked else none("not measured")
+    share = bench.full_context_bytes / bench.budget_bytes if bench.budget_bytes else 1.0
+    said = f"{share:.0%} of {megabytes(bench.budget_bytes)} at the full context"
     if row.peer:
         return two_lines(megabytes(bench.peak_bytes), said)
     return two_lines(

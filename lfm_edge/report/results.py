@@ -16,13 +16,15 @@ from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_json_object
 from lfm_edge.harness import bench, sensitivity, verify
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut
-from lfm_edge.harness.bench_tables import budget_line, megabytes, threads_line
+from lfm_edge.harness.bench_tables import budget_line, megabytes, threads_line, unchecked_line
 from lfm_edge.harness.host import Host
+from lfm_edge.harness.parity import DECODE, Agreement, Limits
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
+from lfm_edge.harness.tables import rounding_line
 from lfm_edge.harness.verify import Verification
 from lfm_edge.quantization.recipe import MixedBits
 
-MEMORY_LIMIT = "memory limit"
+MEMORY_LIMIT, MEASURED = "memory limit", "measured"
 _LARGEST_INTEGER = 2**63
 # What neither XML nor UTF-8 can hold: control characters, halves of surrogate pairs, the two that are no characters.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -121,8 +123,11 @@ def _bench(raw: dict[str, Any]) -> BenchResult:
 def _verification(raw: dict[str, Any]) -> Verification:
     renamed = {"floor": raw.get("noise_floor"), "baked": raw.get("baked_prompt")}
     result = decoded(Verification, {**raw, **renamed}, "")
-    if [row.phase for row in result.floor] != [row.phase for row in result.parity]:
+    phases = [row.phase for row in result.parity]
+    if [row.phase for row in result.floor] != phases:
         raise ValueError("noise_floor: not the phases of parity")
+    if not {*phases, DECODE} <= result.limits.phases.keys():
+        raise ValueError("limits.phases: not the phases of parity")
     return result
 
 
@@ -210,13 +215,16 @@ def _shown(value: Any) -> str:
 def entry_checks(result: BenchResult, entry: Benchmark | LeftOut) -> list[Check]:
     """The checks of one bundle with one number of threads in a result of `bench`. A peer has to pass none."""
     if isinstance(entry, LeftOut):
+        if entry in result.unchecked:
+            return [Check(entry.bundle, MEASURED, False, unchecked_line(result, entry))]
         ended = entry in result.over_limit and not is_peer(entry)
-        return [Check(entry.bundle, MEMORY_LIMIT if ended else "measured", False if ended else None,
+        return [Check(entry.bundle, MEMORY_LIMIT if ended else MEASURED, False if ended else None,
                       entry.reason.removeprefix(f"{entry.bundle}: "))]
     if is_peer(entry):
         return []
     its = "" if entry.threads is None else f", {threads_line(entry.threads)}"
-    within = f"peak memory {megabytes(entry.peak_bytes)}, budget {megabytes(entry.budget_bytes)}"
+    within = (f"peak memory {megabytes(entry.peak_bytes)}, {megabytes(entry.full_context_bytes)} at the full context, "
+              f"budget {megabytes(entry.budget_bytes)}")
     found = [Check(entry.bundle, f"memory budget{its}", entry.within_budget, within if entry.within_budget else
                    budget_line(entry).removeprefix(f"{entry.bundle}: "))]
     if result.limit_kind:
@@ -240,10 +248,9 @@ def _verify_checks(result: Verification) -> Iterator[tuple[str, bool | None, str
         f"{weights.blobs} packed weights have the quantizer's bits" if weights.passed else
         f"{len(weights.missing)} of {weights.blobs} packed weights are not in the artifact: "
         f"{', '.join(weights.missing[:3])}{', ...' * (len(weights.missing) > 3)}")
+    yield "rounding", result.rounding.passed, rounding_line(result.rounding)
     for row in result.parity:
-        yield f"parity: {row.phase}", row.within(limits), (
-            f"logit error {row.logit_error:.1e} (limit {limits.logit_error:.1e}), KL {row.kl_divergence:.1e} nats "
-            f"(limit {limits.kl_divergence:.1e})")
+        yield f"parity: {row.phase}", row.within(limits), _agreement_line(row, limits)
     for phase, reason in result.skipped.items():
         yield f"parity: {phase}", None, reason
     yield "parity: median of all", result.typical_passed, (
@@ -251,11 +258,16 @@ def _verify_checks(result: Verification) -> Iterator[tuple[str, bool | None, str
     yield "greedy answer", greedy.passed, (
         f"of {greedy.tokens} tokens {greedy.exact} are the reference's best, {greedy.ties} tied with it")
     if result.baked:
-        yield "baked prompt", result.baked_passed, (
-            f"logit error {result.baked.logit_error:.1e} (limit {limits.logit_error:.1e})")
+        yield "baked prompt", result.baked_passed, _agreement_line(result.baked, limits)
     yield "quality", cost.passed, (f"mean KL {cost.kl_divergence:.4f} nats from the float32 model "
-                                   f"(limit {result.thresholds.quality_kl:g})")
+                                   f"(limit {cost.limit:g})")
     for task in result.tasks:
         yield f"task: {task.task}", task.passed, (
             f"{task.accuracy:.1%} of {task.prompts} prompts answered exactly, by the float32 model "
             f"{task.float_accuracy:.1%} (may lose {100 * result.thresholds.task_drop:g} points)")
+
+
+def _agreement_line(row: Agreement, limits: Limits) -> str:
+    limit = limits.of_phase(row.phase)
+    return (f"logit error {row.logit_error:.1e} (limit {limit.logit_error:.1e}), KL {row.kl_divergence:.1e} nats "
+            f"(limit {limit.kl_divergence:.1e})")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from lfm_edge.harness.bench_tables import megabytes
-from lfm_edge.harness.tables import short_names
+from lfm_edge.harness.parity import DECODE
+from lfm_edge.harness.tables import rounding_line, short_names
 from lfm_edge.harness.verify import Verification
 from lfm_edge.report import charts
 from lfm_edge.report.cells import DASH, Cell, Figure, Files, Names, Section, Table, commands, failed, none, ok, verdict
@@ -34,42 +35,43 @@ def parity(files: Files, names: Names) -> Section:
 
 def _errors(result: Verification, names: Names) -> list[Dot]:
     index, limits = names.index(result.bundle), result.limits
-    rows = [Dot(row.phase, Value.alone(row.logit_error), f"{row.logit_error:.1e}", index, limits.logit_error,
-                floor.logit_error, not row.within(limits))
+    rows = [Dot(row.phase, Value.alone(row.logit_error), f"{row.logit_error:.1e}", index,
+                limits.of_phase(row.phase).logit_error, floor.logit_error, not row.within(limits))
             for row, floor in zip(result.parity, result.floor, strict=True)]
     return [*rows, Dot("median of all", Value.alone(result.typical_error), f"{result.typical_error:.1e}", index,
                        limits.typical_error, result.typical_floor, not result.typical_passed)]
 
 
 def _phases(result: Verification, names: Names) -> Table:
-    limits, greedy, weights = result.limits, result.greedy, result.weights
-    agreements = [*zip(result.parity, result.floor, strict=True), *([(result.baked, None)] if result.baked else [])]
+    limits, greedy, weights, rounding = result.limits, result.greedy, result.weights, result.rounding
+    agreements = [(row, limits.of_phase(row.phase), f"{floor.logit_error:.1e}")
+                  for row, floor in zip(result.parity, result.floor, strict=True)]
+    agreements += [(result.baked, limits.of_phase(DECODE), "")] if result.baked else []
     rows: list[Sequence[Cell]] = [
-        (row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{row.cosine:.6f}", f"{row.kl_divergence:.1e}",
-         f"{row.top1_agreement:.1%}", f"{floor.logit_error:.1e}" if floor else "", verdict(row.within(limits)))
-        for row, floor in agreements]
-    rows += [(phase, "", "", "", "", "", "", none(f"not run: {reason}")) for phase, reason in result.skipped.items()]
+        (row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{limit.logit_error:.1e}", floor,
+         f"{row.kl_divergence:.1e}", f"{limit.kl_divergence:.1e}", f"{row.cosine:.6f}", f"{row.top1_agreement:.1%}",
+         verdict(row.within(limits))) for row, limit, floor in agreements]
+    rows += [(phase, *[""] * 8, none(f"not run: {reason}")) for phase, reason in result.skipped.items()]
     differ = f"FAILED: {len(weights.missing)} differ: {', '.join(weights.missing[:3])}"
     rows += [
-        ("limit of each", "", f"{limits.logit_error:.1e}", "", f"{limits.kl_divergence:.1e}", "", "", ""),
-        ("median of all", "", f"{result.typical_error:.1e}", "", "", "", f"{result.typical_floor:.1e}",
-         verdict(result.typical_passed)),
-        ("limit of the median", "", f"{limits.typical_error:.1e}", "", "", "", "", ""),
-        ("greedy answer", str(greedy.tokens), "", "", "", f"{greedy.exact} exact, {greedy.ties} tied", "",
-         verdict(greedy.passed)),
-        ("weights, bit for bit", str(weights.blobs), "", "", "", "", "",
-         ok("same bits") if weights.passed else failed(differ))]
+        ("median of all", "", f"{result.typical_error:.1e}", f"{limits.typical_error:.1e}",
+         f"{result.typical_floor:.1e}", "", "", "", "", verdict(result.typical_passed)),
+        ("greedy answer", str(greedy.tokens), "", "", "", "", "", "",
+         f"{greedy.exact} exact, {greedy.ties} tied", verdict(greedy.passed)),
+        ("weights, bit for bit", str(weights.blobs), *[""] * 7, ok("same bits") if weights.passed else failed(differ)),
+        ("weights, against the checkpoint", str(rounding.weights), *[""] * 7,
+         (ok if rounding.passed else failed)(rounding_line(rounding)))]
     heading = Markup("<b>{}</b>, {}{}").format(names.bundle(result.bundle), result.target,
                                                f": {result.remark}" if result.remark else "")
-    return Table(("phase", "positions", "logit error", "cosine", "KL, nats", "top-1", "noise floor", ""), rows,
-                 caption=heading, text=frozenset({7}))
+    return Table(("phase", "positions", "logit error", "limit", "noise floor", "KL, nats", "limit", "cosine", "top-1",
+                  ""), rows, caption=heading, text=frozenset({9}))
 
 
 def quality(files: Files, names: Names) -> Section:
     """What quantization costs."""
     rows = [(names.bundle(result.bundle), str(result.quality.positions), f"{result.quality.float_perplexity:,.3f}",
              f"{result.quality.perplexity:,.3f}", f"{result.quality.kl_divergence:.4f}",
-             f"{result.thresholds.quality_kl:g}", f"{result.quality.top1_agreement:.1%}",
+             f"{result.quality.limit:g}", f"{result.quality.top1_agreement:.1%}",
              verdict(result.quality.passed)) for _, result in files]
     blocks: list[Table | Figure] = [Table(
         ("bundle", "positions", "perplexity, float32", "perplexity, quantized", "KL, nats", "limit", "top-1", ""),
