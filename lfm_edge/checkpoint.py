@@ -292,7 +292,7 @@ def _download(repository: str, revision: str | None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "adapter_config.json", "*.safetensors", "model.safetensors.index.json", "LICENSE", "README.md", *TOKENIZER_FILES,
+    wanted = ["config.json", "*.safetensors", INDEX, "adapter_config.json", "LICENSE", "README.md", *TOKENIZER_FILES,
               f"{MORE_TEMPLATES}/*.jinja"]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
