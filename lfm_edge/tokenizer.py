@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -106,12 +107,9 @@ class TextTokenizer:
         path = directory / "tokenizer.json"
         if not is_there(path):
             raise BundleError(f"{path}: no tokenizer; text needs one")
-        try:
+        self._path = path
+        with self._failures():
             self.backend = Tokenizer.from_file(str(path))
-        except BaseException as error:  # the Rust library raises bare Exception, and a BaseException where it panics
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise BundleError(f"{path}: not a tokenizer ({error})") from None
         config = directory / "tokenizer_config.json"
         self.config = read_json_object(config, BundleError) if is_there(config) else {}
         template = directory / "chat_template.jinja"
@@ -121,13 +119,25 @@ class TextTokenizer:
         except (OSError, ValueError) as error:
             raise BundleError(f"{template}: not text ({error})") from None
 
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Whatever the Rust library raises as ours: bare Exception, and a BaseException where it panics."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise BundleError(f"{self._path}: not a tokenizer that works ({error})") from None
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, what the tokenizer puts around a text (LFM2: a first token) is there."""
-        return self.backend.encode(text, add_special_tokens=special).ids
+        with self._failures():
+            return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
         """The text of `ids`."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special)
+        with self._failures():
+            return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def chat(self, messages: list[dict[str, str]], *, answer: bool = True) -> list[int]:
         """Token ids of a conversation; with `answer`, up to where the assistant speaks next.
