@@ -33,8 +33,8 @@ class ContextFull(LfmEdgeError):
     """More tokens were given than the context holds; the session is unchanged."""
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, longest: int = _LONGEST) -> str:
     """Text from elsewhere for a line of a terminal: what does not print is escaped, the middle of much is left out."""
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST // 2]} [...] {text[-_LONGEST // 2:]}"
+    if len(text) > longest:
+        text = f"{text[:longest // 2]} [...] {text[-longest // 2:]}"
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -7,11 +7,12 @@ import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir
 import onnxruntime
+from google.protobuf.message import Message
 
 from lfm_edge.errors import BundleError
 
@@ -108,16 +109,16 @@ def _unreadable(path: Path, error: Exception) -> BundleError:
     return BundleError(f"{path}: not a readable ONNX graph ({error})")
 
 
-def _locations(message: Any) -> Iterator[str]:
+def _locations(message: Message) -> Iterator[str]:
     """Every file that a part of a model refers to: of data, and of compiled graphs."""
     if isinstance(message, onnx.TensorProto):
         yield from (entry.value for entry in message.external_data if entry.key == "location")
         return
     if isinstance(message, onnx.NodeProto) and message.op_type == "EPContext":
         values = {attribute.name: attribute for attribute in message.attribute}
-        if _BINARY in values and not ("embed_mode" not in values or values["embed_mode"].i):
-            yield values[_BINARY].s.decode()
+        if _BINARY in values and "embed_mode" in values and not values["embed_mode"].i:
+            yield values[_BINARY].s.decode(errors="replace")
     for field, value in message.ListFields():
         if field.message_type is not None:
-            for part in value if field.is_repeated else (value,):
+            for part in (value,) if isinstance(value, Message) else value:
                 yield from _locations(part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from itertools import groupby, product
@@ -118,12 +119,9 @@ class TextTokenizer:
         path = directory / TOKENIZER
         if not _is_there(directory, TOKENIZER, listed):
             raise BundleError(f"{path}: no tokenizer; text needs one")
-        try:
+        self._path = path
+        with self._failures():
             self.backend = Tokenizer.from_file(str(path))
-        except BaseException as error:  # the Rust library raises bare Exception, and a BaseException where it panics
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise BundleError(f"{path}: not a tokenizer ({error})") from None
         self.config = _read_config(directory, listed)
         self.templates = chat_templates(directory, self.config, BundleError, listed)
         self.template = self.templates.get(DEFAULT_TEMPLATE)
@@ -135,17 +133,29 @@ class TextTokenizer:
         except (TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{directory / TOKENIZER_CONFIG}: malformed tokens ({error})") from None
 
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Whatever the Rust library raises as ours: bare Exception, and a BaseException where it panics."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise BundleError(f"{self._path}: not a tokenizer that works ({error})") from None
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, what the tokenizer puts around a text (LFM2: a first token) is there.
 
         Raises LfmEdgeError for text that has no UTF-8, such as bytes of another encoding on a command line.
         """
         _check_text(text)
-        return self.backend.encode(text, add_special_tokens=special).ids
+        with self._failures():
+            return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        with self._failures():
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def shown(self, ids: Sequence[int]) -> str:
         """The text of `ids` for people: markers that are content (of tool calls, of thinking) are there."""

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
-from lfm_edge import open_bundle
+from lfm_edge import open_bundle, sample, sandbox
 from lfm_edge.bundle import Bundle, Manifest
 from lfm_edge.checkpoint import RandomCheckpoint, open_checkpoint
 from lfm_edge.config import ModelConfig
@@ -440,3 +441,83 @@ def test_what_the_hub_adds_is_no_matter(bundle):
     (bundle / ".cache/huggingface").mkdir(parents=True)
 
     assert open_bundle(bundle).edited == ()
+
+
+# --- tokenizers, chat templates, tasks ----------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_its_library_panics_over_is_one_line(bundle):
+    raw = json.loads((bundle / "tokenizer.json").read_text())
+    raw["post_processor"]["special_tokens"] = {}
+    (bundle / "tokenizer.json").write_text(json.dumps(raw))
+
+    with pytest.raises(BundleError, match=r"tokenizer\.json: not a tokenizer that works"):
+        TextTokenizer(bundle).encode("hi")
+
+
+GREEDY_TEMPLATES = {
+    "loops in loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "seconds"),
+    "loops over a list": ("{% set l = range(9999)|list %}" + "{% for a in l %}" * 5 + "{% endfor %}" * 5, "seconds"),
+    "paragraphs": ("{{ lipsum(n=9999999) }}", "seconds"),
+    "text doubled by ~": ("{% set n = namespace(x='x') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+                          "makes too much"),
+    "text doubled by +": ("{% set n = namespace(x='x') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+                          "makes too much"),
+    "text replaced by itself": ("{% set n = namespace(x='xx') %}{% for a in range(9) %}"
+                                "{% set n.x = n.x|replace('x', n.x) %}{% endfor %}", "makes too much"),
+    "text repeated": ("{{ 'x' * 9999999999 }}", "makes too much"),
+    "a filter that pads": ("{{ 'x'|center(9999999999) }}", "makes too much"),
+    "a method that pads": ("{{ 'x'.ljust(9999999999) }}", "makes too much"),
+    "a wide format": ("{{ '%9999999999d' % 1 }}", "too wide"),
+    "a wide format by a filter": ("{{ '%9999999999d'|format(1) }}", "too wide"),
+    "a wide format by a method": ("{{ '{:9999999999}'.format(1) }}", "too wide"),
+    "a width from elsewhere": ("{{ '{:{}}'.format(1, 9999999999) }}", "too wide"),
+    "a large power": ("{{ 9 ** 99999 ** 9 }}", "too large"),
+    "squares": ("{% set n = namespace(x=3) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+                "too large"),
+    "a macro in itself": ("{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+}
+
+
+@pytest.mark.parametrize("case", GREEDY_TEMPLATES)
+def test_a_template_that_takes_too_much_is_stopped(bundle, monkeypatch, case):
+    template, complaint = GREEDY_TEMPLATES[case]
+    monkeypatch.setattr(sandbox, "SECONDS", 0.5 if complaint == "seconds" else 100)
+    (bundle / "chat_template.jinja").write_text(template)
+
+    with pytest.raises(BundleError, match=f"chat template: .*{complaint}"):
+        TextTokenizer(bundle).chat([])
+
+
+def test_a_template_may_do_what_published_ones_do(bundle):
+    (bundle / "chat_template.jinja").write_text(
+        "{% set ns = namespace(text='', n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+        "{% set ns.text = ns.text ~ m.role + ': ' + m.content.split('</think>')[-1]|trim ~ '\\n' %}{% endfor %}"
+        "{{ ns.text }}{{ '-' * 3 }}{{ '%02d' % ns.n }}{{ messages|tojson(indent=4)|length > 10 }}{{ 2 ** 3 }}")
+    tokenizer = TextTokenizer(bundle)
+
+    said = tokenizer.chat([{"role": "user", "content": "<think>x</think> hi"}, {"role": "assistant", "content": "yes"}])
+
+    assert tokenizer.decode(said) == "user: hi\nassistant: yes\n---02True8"
+
+
+def test_a_time_limit_leaves_a_debugger_where_it_was(bundle):
+    def watch(frame, event, argument):
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        TextTokenizer(bundle).chat([])
+        assert sys.gettrace() is watch
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "3", '[{"task": "a", "answer": "b", "messages": 3}]',
+                                     '[{"task": "a", "answer": "b", "messages": [{"role": 1, "content": "x"}]}]'])
+def test_tasks_that_are_none_are_one_line(tmp_path, content):
+    (tmp_path / "tasks.json").write_text(content)
+
+    with pytest.raises(BundleError, match=r"tasks\.json: malformed"):
+        sample.read_tasks(tmp_path)

@@ -15,6 +15,8 @@ from lfm_edge.harness.sensitivity import Sensitivity, Whole
 from lfm_edge.harness.verify import Verification
 from lfm_edge.quantization.recipe import NEAREST, MixedBits, Recipe
 
+_LONGEST_VALUE = 10_000  # characters of what a manifest says
+
 
 def megabytes(count: int) -> str:
     """Bytes in MB (10**6), small sizes in kB (10**3)."""
@@ -125,7 +127,7 @@ def bundle_table(bundle: Bundle) -> Table:
         *([("edited since", ", ".join(bundle.edited))] if bundle.edited else []),
     ]
     for name, value in rows:
-        table.add_row(f"[bold]{escape(one_line(name))}[/]", escape(one_line(value)))
+        table.add_row(f"[bold]{escape(one_line(name))}[/]", escape(one_line(value, _LONGEST_VALUE)))
     return table
 
 
