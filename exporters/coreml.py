@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import coremltools as ct
 import numpy as np
@@ -67,7 +69,8 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     program = Program()
     program.default_function_name = DECODE
     program.export_as_multifunction = True
-    with _quiet(), torch.no_grad():
+    # coremltools takes a `$NAME` in the path of what it has written for a variable.
+    with _quiet(), patch.object(os.path, "expandvars", str), torch.no_grad():
         for name, length in lengths.items():
             progress(f"trace {name}")
             program.add_function(name, _function(job, length))

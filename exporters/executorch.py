@@ -18,6 +18,7 @@ import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
 import torch
 from executorch.exir import ExecutorchBackendConfig
+from executorch.exir.lowered_backend_module import get_lowered_backend_modules
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers quantized_decomposed
@@ -68,8 +69,21 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
             extract_delegate_segments=True, memory_planning_pass=MemoryPlanningPass(alloc_graph_input=internal)))
     with (directory / ARTIFACT).open("wb") as file:
         compiled.write_to_file(file)
-    usage = _INTERNAL_USAGE if internal else _EXPLICIT_USAGE
-    return Artifact(ARTIFACT, _delegation(compiled.exported_program()), usage, scored=scored)
+    usage, written = _INTERNAL_USAGE if internal else _EXPLICIT_USAGE, compiled.exported_program()
+    _forget_weights(program, edge.exported_program(), written)
+    return Artifact(ARTIFACT, _delegation(written), usage, scored=scored)
+
+
+def _forget_weights(*programs: ExportedProgram) -> None:
+    """Let go of the weights of programs, and of those that their delegates were made of: nothing needs them any more.
+
+    torch remembers these programs for good, in circles through C++ where Python's collector sees none.
+    """
+    for program in programs:
+        for module in get_lowered_backend_modules(program.graph_module):
+            _forget_weights(module.original_module)
+        program.state_dict.clear()
+        program.constants.clear()
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:

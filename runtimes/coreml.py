@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -99,7 +101,8 @@ class Predicted:
         """The function, compiled when it is first needed."""
         if function not in self.models:
             try:
-                model = self.ct.models.MLModel(str(self.package), function_name=function)
+                with patch.object(os.path, "expandvars", str):  # a `$NAME` in the path is no variable
+                    model = self.ct.models.MLModel(str(self.package), function_name=function)
             except Exception as error:  # Core ML's errors come as exceptions of any class
                 raise BundleError(f"{self.package}: Core ML cannot load it ({error})") from None
             if self.state is None and "stateType" in str(model.get_spec().description):
