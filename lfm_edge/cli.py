@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -326,7 +326,10 @@ def chat(
         show_default=False)] = None,
     threads: Threads = None,
 ) -> None:
-    """Talk with a bundle through its chat template. An empty line or end of input leaves, /reset begins anew."""
+    """Talk with a bundle through its chat template. An empty line or end of input leaves, /reset begins anew.
+
+    Ctrl-C ends an answer, and the conversation is as it was before the question; at the prompt it leaves.
+    """
     opened = _open(bundle)
     from lfm_edge.generation import Chat
 
@@ -340,12 +343,17 @@ def chat(
             if line == "/reset":
                 conversation.reset()
                 continue
+            answer = conversation.answer(line, max_tokens=max_tokens, temperature=temperature, seed=seed,
+                                         lookahead=lookahead)
             try:
-                for piece in conversation.answer(line, max_tokens=max_tokens, temperature=temperature, seed=seed,
-                                                 lookahead=lookahead):
-                    _say(piece)
+                with closing(answer):
+                    for piece in answer:
+                        _say(piece)
             except LfmEdgeError as error:
                 _complain(error)
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
             _say("\n")
 
 
@@ -457,7 +465,12 @@ def _lines(prompt: str) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             _say(prompt)
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            line = ""
         if not line:
             return
         yield line
