@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -363,7 +363,7 @@ def chat(
     """Talk with a bundle through its chat template.
 
     An empty line or end of input leaves, /reset begins anew, /tool RESULT says what a function gave that the model
-    called.
+    called. Ctrl-C ends an answer, and the conversation is as it was before the question; at the prompt it leaves.
     """
     opened = _open(bundle)
     check_outputs({"--session": session}, opened.files)
@@ -381,12 +381,17 @@ def chat(
                 conversation.reset()
                 continue
             role, said = ("tool", line[len("/tool"):].strip()) if line.split()[0] == "/tool" else ("user", line)
+            answer = conversation.answer(said, role=role, max_tokens=max_tokens, temperature=temperature, seed=seed,
+                                         lookahead=lookahead)
             try:
-                for piece in conversation.answer(said, role=role, max_tokens=max_tokens, temperature=temperature,
-                                                 seed=seed, lookahead=lookahead):
-                    _say(piece)
+                with closing(answer):
+                    for piece in answer:
+                        _say(piece)
             except LfmEdgeError as error:
                 _complain(error)
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
             _say("\n")
 
 
@@ -544,7 +549,12 @@ def _lines(prompt: str) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             _say(prompt)
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            line = ""
         if not line:
             return
         yield line

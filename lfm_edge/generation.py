@@ -156,7 +156,8 @@ class Chat:
         """Go on with the conversation in a file, if there is one, and save it there however the block ends.
 
         Gives whether there was one. A file that is not there is written at once: what cannot be saved is refused
-        before anything is said.
+        before anything is said. What is saved is the conversation after its last whole turn; where an interrupted
+        answer has left a broken session, without its state, which is then computed when the conversation goes on.
         """
         if file is None:
             yield False
@@ -169,6 +170,8 @@ class Chat:
         try:
             yield goes_on
         finally:
+            if self.session.broken:
+                self._start()
             self.save(file)
 
     def answer(self, text: str, *, role: str = "user", max_tokens: int, temperature: float = 0.0, seed: int = 0,

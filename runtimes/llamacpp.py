@@ -115,6 +115,7 @@ class LlamaCppSession(Session):
         if _logger.logger.level == logging.NOTSET:  # when the package prints all that llama.cpp says
             _logger.set_verbose(False)
         self.context = context
+        self._has_overflown = False  # whether infinities, or what comes of them, may be in its memory
         self.arithmetic = _cache_dtype(manifest.state)
         self.memory = llama_cpp.llama_get_memory(context)
         self.layout = StateBytes(manifest.state, manifest.config)
@@ -135,7 +136,15 @@ class LlamaCppSession(Session):
                         for tensor, value in zip(self.spec.tensors, tensors, strict=True)], self.position)
 
     def _empty(self) -> None:
-        llama_cpp.llama_memory_clear(self.memory, False)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget everything. llama.cpp begins with its old conv state times 0, so what is not finite is overwritten.
+
+        Overwriting takes in the whole cache, also what was never filled of it.
+        """
+        llama_cpp.llama_memory_clear(self.memory, self._has_overflown)
+        self._has_overflown = False
 
     def _replaced(self) -> np.ndarray:
         """The conv state alone, as llama.cpp writes it; nothing before the first token."""
@@ -147,12 +156,14 @@ class LlamaCppSession(Session):
 
     def _replace(self, kept: np.ndarray) -> None:
         if not kept.size:
-            llama_cpp.llama_memory_clear(self.memory, False)
+            self._clear()
             return
         taken = llama_cpp.llama_state_seq_set_data_ext(self.context, _bytes_of(kept), kept.size, _SEQUENCE, _CONV_ONLY)
         llama_cpp.llama_memory_seq_rm(self.memory, _SEQUENCE, self.position, -1)  # the rows of the cache past it
         if taken != kept.size or self._taken != self.position:
             raise LfmEdgeError(f"llama.cpp cannot go back to position {self.position}")
+        if self._has_overflown:
+            self._put_back(self._kept(), self.position)
 
     def _step(self, tokens: list[int]) -> Logits:
         if self.position != self._taken:  # somebody has set it back, as measurements do
@@ -162,7 +173,9 @@ class LlamaCppSession(Session):
         if failed:
             raise LfmEdgeError(f"llama.cpp could not run {len(tokens)} tokens at position {self.position} ({failed})")
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
-        return np.ctypeslib.as_array(logits, (self.vocab_size,)).copy()
+        logits = np.ctypeslib.as_array(logits, (self.vocab_size,)).copy()
+        self._has_overflown |= not np.isfinite(logits).all()
+        return logits
 
     @property
     def _taken(self) -> int:
@@ -179,9 +192,10 @@ class LlamaCppSession(Session):
                      for tensor, value in zip(self.spec.tensors, self.layout.read(content), strict=True))
 
     def _put_back(self, tensors: Sequence[torch.Tensor], position: int) -> None:
-        llama_cpp.llama_memory_clear(self.memory, False)
+        self._clear()
         if not position:
             return
+        self._has_overflown = not all(tensor.isfinite().all() for tensor in tensors)
         content = self.layout.write(tensors, position)
         with _errors() as errors:
             taken = llama_cpp.llama_state_seq_set_data(self.context, _bytes_of(content), content.size, _SEQUENCE)

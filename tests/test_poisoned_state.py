@@ -27,6 +27,7 @@ KINDS = {"reference": ({}, 1e20), "android": ({"target": "android-q4"}, 1e20),
          "coreml-internal": ({"target": "coreml-q4", "state": "internal"}, 300)}
 INTERNAL = [kind for kind in KINDS if kind.endswith("internal")]
 EXPLICIT = [kind for kind in KINDS if kind not in INTERNAL]
+RUN = [kind for kind in KINDS if kind != "android-int8"]  # whose kernels end the process at an infinity
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def session_of(tmp_path_factory):
         file = folder / "model.safetensors"
         weights = load_file(file)
         table = next(value for name, value in weights.items() if name.endswith("embed_tokens.weight"))
-        table[:, 0] = 0
+        table[:, :32] = 0  # a whole group: what others make of it is exactly zero
         table[[PADDING, POISON]] = torch.eye(1, table.shape[1])
         projection = next(value for name, value in weights.items() if name.endswith("layers.0.conv.in_proj.weight"))
         projection[:, 0] = size
@@ -99,7 +100,7 @@ def test_so_does_going_back_to_a_snapshot(session_of, kind):
     assert np.array_equal(logits_after(session, AFTER), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUN)
 def test_a_reset_ends_what_the_program_itself_made_of_a_token(session_of, kind):
     session = session_of(kind)
     expected = fresh(session)
@@ -110,7 +111,7 @@ def test_a_reset_ends_what_the_program_itself_made_of_a_token(session_of, kind):
     assert np.array_equal(logits_after(session, SHORT), expected)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "android-internal"])
+@pytest.mark.parametrize("kind", [kind for kind in RUN if kind != "android-internal"])
 def test_a_step_that_is_undone_leaves_nothing_either(session_of, kind):
     session = session_of(kind)
     fresh(session)
