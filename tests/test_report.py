@@ -388,6 +388,7 @@ def test_no_text_of_a_result_breaks_out(results, report):
     _break_limit(results)
     results["verify"]["skipped"] = {"phase": "reason"}
     results["verify"]["weights"]["missing"] = ["name"]
+    results["verify"]["limits"]["phases"] = {HOSTILE: results["verify"]["limits"]["phases"]["decode"]}
     done = report(*(hostile(result) for result in results.values()))
     assert done.code == 1
     tags = {tag for tag, _ in done.page.elements}
@@ -408,7 +409,7 @@ DAMAGED = {
     "something else": ('{"name": "package"}', "its schema is None"),
     "another schema": ('{"schema": "lfm-edge/bench/1"}', "its schema is 'lfm-edge/bench/1'"),
     "a schema that is no text": ('{"schema": []}', "its schema is []"),
-    "nothing in it": ('{"schema": "lfm-edge/verify/1"}', "made: is missing"),
+    "nothing in it": ('{"schema": "lfm-edge/verify/2"}', "made: is missing"),
 }
 
 
@@ -557,7 +558,7 @@ def test_the_same_bundle_has_the_same_colour_and_mark_and_others_have_not():
 
 def test_every_result_says_where_it_comes_from(made):
     for name, raw in made.items():
-        assert raw["schema"] == f"lfm-edge/{name}/{2 if name == 'bench' else 1}"
+        assert raw["schema"] == f"lfm-edge/{name}/{1 if name == 'sensitivity' else 2}"
         assert raw["command"].startswith(f"lfm-edge {name}")
         assert raw["host"]["cpu"] and raw["versions"]["torch"] and re.match(r"\d{4}-\d\d-\d\dT", raw["made"])
 

@@ -126,7 +126,7 @@ def _verification(raw: dict[str, Any]) -> Verification:
     phases = [row.phase for row in result.parity]
     if [row.phase for row in result.floor] != phases:
         raise ValueError("noise_floor: not the phases of parity")
-    if not {*phases, DECODE} <= result.limits.phases.keys():
+    if not {*phases, *([DECODE] if result.baked else [])} <= result.limits.phases.keys():
         raise ValueError("limits.phases: not the phases of parity")
     return result
 
