@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -21,11 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+from lfm_edge import locks
 from lfm_edge.files import cache_directory
 
 SEAL, LOCK, NEW = "seal.json", "lock", "new"
@@ -125,10 +120,8 @@ def work_directory(place: Path) -> Iterator[Path]:
     lock = None
     try:
         lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(lock, _machine().encode())
+        locks.take(lock)
+        locks.sign(lock)
         yield work
     finally:
         if lock is not None:
@@ -167,20 +160,11 @@ def _is_left(work: Path, modified: float) -> bool:
     except OSError:
         return time.time() - modified > _OLD_WORK_SECONDS
     try:
-        if fcntl is None:
-            return time.time() - modified > _OLD_WORK_SECONDS
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.read(lock, 1000) == _machine().encode()
+        return locks.is_abandoned(lock)
     except OSError:
         return False
     finally:
         os.close(lock)
-
-
-def _machine() -> str:
-    """Whose locks these are: the running kernel's, which the containers of a machine share."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.is_file() else f"{platform.node()} {uuid.getnode():x}"
 
 
 def _inside(directory: Path) -> list[Path]:

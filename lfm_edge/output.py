@@ -11,25 +11,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import platform
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+from lfm_edge import locks
 from lfm_edge.errors import ExportError
 
 _NEW, _OLD, _LOCK = "new", "old", "lock"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)  # what rename(2) says of a place that is
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXT = re.compile("|".join(map(os.strerror, _FULL)), re.IGNORECASE)  # as native libraries pass it on
 _UNWRITABLE = (*_TAKEN, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EIO, errno.EBUSY,
@@ -134,8 +127,8 @@ def _work_directory(output: Path) -> Iterator[Path]:
     work, lock = Path(tempfile.mkdtemp(prefix=f"{_hidden(output)}.partial-", dir=output.parent)), None
     try:
         lock = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        _flock(lock)
-        os.write(lock, _machine().encode())
+        locks.take(lock)
+        locks.sign(lock)
         (work / _NEW).mkdir()
         yield work
     finally:
@@ -187,7 +180,7 @@ def _remove_if_abandoned(work: Path, output: Path) -> None:
         return
     lock = os.open(work / _LOCK, os.O_RDWR)
     try:
-        abandoned = _flock(lock) and os.read(lock, 1000) == _machine().encode()
+        abandoned = locks.is_abandoned(lock)
     except BaseException:
         os.close(lock)
         raise
@@ -227,7 +220,7 @@ def _take(path: Path) -> int:
     for _ in range(_TRIES):
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _flock(lock)
+            locks.take(lock)
             if os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
         except FileNotFoundError:  # the one before removed it
@@ -237,25 +230,6 @@ def _take(path: Path) -> int:
             raise
         os.close(lock)
     raise BlockingIOError(errno.EAGAIN, "always held", str(path))
-
-
-def _flock(file: int) -> bool:
-    """Lock an open file; False where the system has no locks. Raises BlockingIOError where another holds it."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return False
-        raise
-    return True
-
-
-def _machine() -> str:
-    """Whose locks these are: the running kernel's, which the containers of a machine share."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.is_file() else f"{platform.node()} {uuid.getnode():x}"
 
 
 # Errors

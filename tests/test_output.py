@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lfm_edge import output as module
+from lfm_edge import locks
 from lfm_edge.bundle import new_bundle, open_bundle
 from lfm_edge.errors import ExportError
 from lfm_edge.files import replacing, write_text
@@ -193,7 +193,7 @@ def test_where_there_are_no_locks_the_first_to_be_whole_stays_and_the_other_is_t
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     if without.startswith("no fcntl"):
-        monkeypatch.setattr(module, "fcntl", None)
+        monkeypatch.setattr(locks, "fcntl", None)
     else:
         monkeypatch.setattr(fcntl, "flock", no_locks)
 
@@ -324,6 +324,16 @@ def test_what_another_machine_left_on_a_share_stays(output):
 
     assert beside(output) == [left.name, "out"]
     assert (left / "new/model.pte").read_bytes() == b"half"
+
+
+def test_what_a_crash_of_this_machine_left_is_removed_after_it_has_started_again(output):
+    left = kill_while(EXPORT_UNTIL_KILLED, output, "writing")
+    boot, machine = (left / "lock").read_text().split(" ")
+    (left / "lock").write_text(f"{'0' * len(boot)} {machine}")
+
+    write(output)
+
+    assert beside(output) == ["out"]
 
 
 def test_folders_that_only_look_like_ours_are_left_alone(output):
