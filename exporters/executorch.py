@@ -84,6 +84,8 @@ def _forget_weights(*programs: ExportedProgram) -> None:
             _forget_weights(module.original_module)
         program.state_dict.clear()
         program.constants.clear()
+        for node in program.graph.nodes:
+            node.meta.clear()
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:

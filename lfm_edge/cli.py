@@ -426,7 +426,6 @@ def cache(
 
 def main() -> None:
     """Entry point: errors of ours become one line and exit code 2; a kill cleans up as an interrupt does."""
-    _show_notes()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
     elif isinstance(sys.stderr, TextIOWrapper):
@@ -436,7 +435,7 @@ def main() -> None:
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda number, _: sys.exit(_SIGNALLED + number))
     try:
-        with checked_stdout(_complain):
+        with checked_stdout(_complain), _notes_shown():
             app()
     except LfmEdgeError as error:
         _complain(error)
@@ -453,14 +452,21 @@ def _let_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def _show_notes() -> None:
+@contextmanager
+def _notes_shown() -> Iterator[None]:
     """What the package notes for people, such as what it has put in the cache, one line each on standard error."""
-    notes = logging.getLogger("lfm_edge"), logging.getLogger("runtimes")
-    handler = logging.Handler()
+    handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: err.print(record.getMessage(), soft_wrap=True, highlight=False, markup=False)
+    notes = {logging.getLogger(name): logging.getLogger(name).level for name in ("lfm_edge", "runtimes")}
     for logger in notes:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in notes.items():
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def _complain(error: LfmEdgeError | str) -> None:

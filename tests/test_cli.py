@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +21,8 @@ COMMANDS = ("targets", "export", "inspect", "verify", "sensitivity", "bench", "r
 # Fails where anything imports torch or a backend.
 LIGHT = """
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 sys.modules.update(dict.fromkeys(("torch", "executorch", "transformers", "safetensors", "tokenizers")))
 from lfm_edge.cli import main
 sys.argv[0] = "lfm-edge"
@@ -350,3 +354,46 @@ def test_only_commands_that_quantize_say_how_threads_wait(run, monkeypatch, comm
     monkeypatch.delenv("OMP_WAIT_POLICY")
     the_line(run(*command))
     assert os.environ.pop("OMP_WAIT_POLICY", None) == policy
+
+
+# --- where things are written -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "$HOME", "it's", "-v", "[bold]", "ä", "a\nb"])
+def test_the_command_that_comes_next_can_be_pasted_into_a_shell(name):
+    word = cli._for_a_shell(Path(name))
+
+    assert shlex.split(word) in ([name], [f"./{name}"])
+    assert not word.startswith("-")
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["bench"]], ids=" ".join)
+def test_a_result_is_not_written_over_a_file_of_the_bundle(run, bundle, arguments):
+    before = contents(bundle)
+
+    ended = run(*arguments, bundle, "--json", bundle / "manifest.json")
+
+    assert the_line(ended) == (f"error: --json {bundle}/manifest.json: would be written over a file that is read; give "
+                               "another one")
+    assert contents(bundle) == before
+
+
+def test_a_session_is_not_saved_over_a_file_of_the_bundle(run, bundle):
+    assert "would be written over a file that is read" in the_line(run("chat", bundle, "--session",
+                                                                       bundle / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("options", [
+    ["-o", "x.json"], ["-o", "./x.json"], ["-o", "link.json"], ["--junit", "x.json"], ["--markdown", "x.json"],
+    ["-o", "p", "--junit", "p"], ["-o", "p", "--markdown", "./p"], ["--junit", "p", "--markdown", "p"]], ids=" ".join)
+def test_a_report_is_not_written_over_its_input_or_over_itself(run, tmp_path, monkeypatch, options):
+    (tmp_path / "x.json").write_text("a result")
+    monkeypatch.setattr("lfm_edge.report.read_results", lambda paths: [SimpleNamespace(path=path) for path in paths])
+    (tmp_path / "link.json").symlink_to("x.json")
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+
+    assert re.search("would be written over a file that is read|is the same file", the_line(
+        run("report", "x.json", *options)))
+
+    assert contents(tmp_path) == before
