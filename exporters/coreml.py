@@ -303,7 +303,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "aten.add.Tensor": _binary(mb.add), "aten.sub.Tensor": _binary(mb.sub), "aten.mul.Tensor": _binary(mb.mul),
     "aten.where.ScalarOther": lambda condition, x, y: mb.select(cond=condition, a=x,
                                                                 b=types.nptype_from_builtin(x.dtype)(y)),
-    "aten.eq.Tensor": _binary(mb.equal), "aten.lt.Tensor": _binary(mb.less), "aten.ge.Tensor": _binary(mb.greater_equal),
+    "aten.eq.Tensor": _binary(mb.equal), "aten.lt.Tensor": _binary(mb.less),
+    "aten.ge.Tensor": _binary(mb.greater_equal),
     "aten.gt.Tensor": _binary(mb.greater), "aten.matmul.default": _binary(mb.matmul),
     "aten.neg.default": lambda x: _binary(mb.mul)(x, -1.0),
     "aten.clamp.default": lambda x, low, high: _binary(mb.minimum)(x, high),
@@ -389,5 +390,6 @@ kv_heads, T, head_dim]: write the valid ones into `past_key_values_N_key` and `p
 _INTERNAL_USAGE = """\
 `present_conv_N` replaces `past_conv_N`. The caches are states of the program: make one with `makeState()`, and give it
 to every prediction. `prefill` writes the rows of its padding, too: where `position` plus the chunk is more than the
-context, use `decode`. The caches need no clearing for a new conversation.
+context, use `decode`. The caches need no clearing for a new conversation, unless logits were not finite: then make a
+new state.
 """
