@@ -392,5 +392,6 @@ kv_heads, T, head_dim]: write the valid ones into `past_key_values_N_key` and `p
 _INTERNAL_USAGE = """\
 `present_conv_N` replaces `past_conv_N`. The caches are states of the program: make one with `makeState()`, and give it
 to every prediction. `prefill` writes the rows of its padding, too: where `position` plus the chunk is more than the
-context, use `decode`. The caches need no clearing for a new conversation.
+context, use `decode`. The caches need no clearing for a new conversation, unless logits were not finite: then make a
+new state.
 """
