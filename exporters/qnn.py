@@ -8,7 +8,10 @@ may.
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -424,9 +427,17 @@ def _compile(soc: Soc, directory: Path, progress: Callable[[str], None]) -> str:
     parts = list(zip(*graphs_of(directory / GRAPHS).values(), strict=True))
     for number, together in enumerate(parts, 1):
         progress(f"compile for {soc.name} ({soc.product})" + (f", part {number} of {len(parts)}" if parts[1:] else ""))
-        htp.compile_together(together, soc, directory / soc.name)
-    size = sum(path.stat().st_size for path in (directory / soc.name).iterdir())
-    return f"{size / 1e6:,.1f} MB in {time.monotonic() - start:,.0f} s"
+        try:
+            htp.compile_together(together, soc, directory / soc.name)
+        except htp.NpuError:
+            if shutil.disk_usage(directory).free < _bytes(directory / GRAPHS):  # it does not say why it cannot write
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from None
+            raise
+    return f"{_bytes(directory / soc.name) / 1e6:,.1f} MB in {time.monotonic() - start:,.0f} s"
+
+
+def _bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def _peak_memory() -> str:

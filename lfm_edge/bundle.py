@@ -301,7 +301,7 @@ def new_bundle(output: Path, force: bool) -> AbstractContextManager[Path]:
 
 
 def _is_bundle(path: Path) -> bool:
-    """Whether a directory is one of ours, of any version, whole or damaged; other programs have a manifest.json too."""
+    """Whether a directory is one of ours, of any version; other programs have a manifest.json too."""
     try:
         return {"schema_version", "target", "artifact", "files"} <= set(read_json_object(path / MANIFEST, BundleError))
     except BundleError:
