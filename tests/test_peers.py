@@ -10,6 +10,7 @@ import pytest
 
 from lfm_edge import cli, export
 from lfm_edge.bundle import Bundle
+from lfm_edge.cached import SEAL
 from lfm_edge.checkpoint import open_checkpoint
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.generation import generate
@@ -158,8 +159,24 @@ def test_what_was_built_is_described_and_found_again(bundle):
     assert again == first and "built before" in said[-1]
     assert first.build_s > 0 and first.build_peak_bytes > 100e6  # torch alone takes that
     assert first.artifact_bytes == sum(path.stat().st_size for path in first.artifact.rglob("*"))
-    assert {path.name for path in first.directory.iterdir()} == {PEER_FILE, "artifact", "tokenizer"}
+    assert {path.name for path in first.directory.iterdir()} == {PEER_FILE, SEAL, "artifact", "tokenizer"}
     assert first.arguments["extra_options"]["block_size"] == "32" and first.versions["onnxruntime-genai"]
+
+
+def test_what_was_built_and_is_damaged_is_built_again(bundle, tmp_path, monkeypatch):
+    def build(peer, scratch, artifact, arguments, place):
+        artifact.mkdir()
+        (artifact / "weights").write_bytes(b"whole")
+        return 1.0, 2
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("lfm_edge.harness.peers.building._run_builder", build)
+    said = []
+    built = prepare(PEERS[GENAI], bundle, None, said.append)
+    (built.artifact / "weights").write_bytes(bytes(5))
+    again = prepare(PEERS[GENAI], bundle, None, said.append)
+    assert again == built and (again.artifact / "weights").read_bytes() == b"whole"
+    assert any("damaged" in line for line in said)
 
 
 def test_other_options_are_another_artifact(bundle):
