@@ -18,11 +18,10 @@ from lfm_edge.model.weights import Weights
 from lfm_edge.session import Logits, Session
 from lfm_edge.state import StateSpec
 
-# In float32 sums of some hundred terms differ by a few roundings, 2^-21. Four times that tips an activation over a
-# rounding boundary four times as often, and no further: 8 draws say of rare tips what 32 would (docs/verification.md).
-# Where a program computes in fewer bits, its sums are wider than that and its results are rounded: one rounding. Of
-# 16-bit integers a value uses some tenths of the range; HTP v68 gives sums of their products to some 20 integers.
-_ROUNDING = {"float32": 2.0 ** -19, "float16": 2.0 ** -11, "bfloat16": 2.0 ** -8,
+# In float32 a few roundings: what sums of some hundred terms differ by. Where a program computes in fewer bits, its
+# sums are wider than that and its results are rounded: one rounding. Of 16-bit integers a value uses some tenths of the
+# range; HTP v68 gives sums of their products to some 20 integers.
+_ROUNDING = {"float32": 2.0 ** -21, "float16": 2.0 ** -11, "bfloat16": 2.0 ** -8,
              "int16": 2.0 ** -10, "int16 of v68": 2.0 ** -8}
 _SCORED_AT_ONCE = 64  # positions whose logits over the whole vocabulary are held at once
 
@@ -41,13 +40,13 @@ class ReferenceSession(Session):
         self.decoder = Decoder(config, weights, spec, Lowering(activations))
         self._jitter: list[RemovableHandle] = []
 
-    def jitter(self, seed: int, arithmetic: str = "float32") -> None:
-        """From now on, disturb the input of every linear layer as roundings would.
+    def jitter(self, seed: int, arithmetic: str = "float32", times: float = 1.0) -> None:
+        """From now on, disturb the input of every linear layer as much as a few roundings would, or times that.
 
         What that does to the logits is the model's own noise floor: no two correct implementations can be
         expected to agree more closely.
         """
-        size = _ROUNDING[arithmetic]
+        size = times * _ROUNDING[arithmetic]
         for handle in self._jitter:
             handle.remove()
         generator = torch.Generator().manual_seed(seed)

@@ -62,7 +62,7 @@ def test_a_full_context_is_one_line_and_not_a_traceback(source, tmp_path):
                   lfm_edge("bench", tmp_path / "bundle")):
         assert ended.returncode == 2 and "context of 2" in ended.stderr and "Traceback" not in ended.stderr
     said = lfm_edge("chat", tmp_path / "bundle", input="hello\n")
-    assert "context of 2" in said.stderr and "Traceback" not in said.stderr
+    assert "the context holds 2" in said.stderr and "Traceback" not in said.stderr
 
 
 def test_a_system_prompt_that_leaves_no_room_is_refused_and_one_that_leaves_one_token_is_verified(source, tmp_path):

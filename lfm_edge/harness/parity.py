@@ -81,7 +81,7 @@ class Limits:
 
     def of_phase(self, phase: str) -> Limit:
         """Its limit. What is decoded besides, an answer or what follows a baked prompt, has that of `decode`."""
-        return self.phases.get(phase, self.phases[DECODE])
+        return self.phases[phase if phase in self.phases else DECODE]
 
 
 @dataclass(frozen=True)

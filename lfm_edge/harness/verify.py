@@ -27,7 +27,9 @@ from lfm_edge.targets import QUALITY_KL, RANDOM_QUALITY_KL, Thresholds, referenc
 
 SCHEMA = "lfm-edge/verify/2"
 GREEDY_TOKENS = 24
-NOISE_DRAWS = 8  # the same for every artifact, whatever it does (docs/verification.md)
+# Draws of the noise: as many for every artifact, whatever it does. In float32 some more, four times as large: there an
+# activation tips four times as often, and no further than one code, so that few draws find rare tips.
+NOISE_DRAWS, COARSE_DRAWS, COARSE = 16, 4, 4.0
 TEXT_WINDOW, TEXT_TOKENS = 512, 4096  # of a user's text; one model's logits of all of it are held at once
 
 
@@ -160,7 +162,7 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     quantized_logits = [logits] if text is None else [reference.score(window) for window in windows]
     followed = parity.follow(reference, prompt, answer)
     agreements, typical = parity.compare_all(ours, _at(places, logits))
-    progress.stage("measure its noise floor", NOISE_DRAWS)
+    progress.stage("measure its noise floor", len(_noise_sizes(arithmetic)))
     floor, typical_floor = _noise_floor(reference, arithmetic, sequence, logits, places, progress)
     limits = parity.Limits.of(thresholds, floor, typical_floor)
     del reference, logits
@@ -190,19 +192,25 @@ def _at(places: dict[str, list[int]], logits: Any) -> dict[str, Any]:
     return {phase: logits[rows] for phase, rows in places.items()}
 
 
+def _noise_sizes(arithmetic: str) -> list[float]:
+    """How large each draw of the noise is, in roundings of the arithmetic."""
+    return [1.0] * NOISE_DRAWS + [COARSE] * (COARSE_DRAWS if arithmetic == "float32" else 0)
+
+
 def _noise_floor(reference: Any, arithmetic: str, sequence: Sequence[int], logits: Any, places: dict[str, list[int]],
                  progress: Progress) -> tuple[list[parity.Agreement], float]:
     """The reference against itself with some roundings of noise: the worst of all draws, of each phase and the median.
 
     logits: its own without noise, of every token of the text, float32 [tokens, vocab]
-    A draw is one reading of the text: no phase calls for another, as each compares logits at places of this text.
+    A draw is one reading of the text: no phase calls for another, as each compares logits at places of this text. The
+    coarse ones do not count for the median, which is to stay small where only some positions tip.
     """
     draws, typicals = [], []
-    for seed in range(NOISE_DRAWS):
-        reference.jitter(seed, arithmetic)
+    for seed, size in enumerate(_noise_sizes(arithmetic)):
+        reference.jitter(seed, arithmetic, size)
         rows, typical = parity.compare_all(_at(places, reference.score(sequence)), _at(places, logits))
         draws.append(rows)
-        typicals.append(typical)
+        typicals += [typical] if size == 1.0 else []
         progress.advance()
     return [parity.worst(of_phase) for of_phase in zip(*draws, strict=True)], max(typicals)
 
