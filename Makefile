@@ -33,6 +33,7 @@ test-heavy: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the heavy ones
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 train-tiny: $(VENV)/.installed-dev  ## train the small model of examples/tiny-model again
 	PYTHONPATH=. $(BIN)/python examples/tiny-model/train.py

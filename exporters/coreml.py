@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import ATTENTION
 from lfm_edge.errors import ExportError
-from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.static import (
     HIDDEN,
     Place,
@@ -44,7 +45,7 @@ from lfm_edge.model.static import (
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.state import APPEND
+from lfm_edge.session.state import APPEND, StateSpec
 
 ARTIFACT = "model.mlpackage"
 PREFILL, DECODE = "prefill", "decode"
@@ -123,11 +124,11 @@ def _open_to_all(package: Path) -> None:
 class InternalLowering(StaticLowering):
     """The static pieces over caches that the program keeps: rows are written first, then the whole cache is read."""
 
-    def positions(self, config: ModelConfig, context: int) -> nn.Module:
-        return InternalPositions(config, context, self.length, self.dtype)
+    def positions(self, config: ModelConfig, state: StateSpec) -> nn.Module:
+        return InternalPositions(config, state.context, self.length, self.dtype)
 
-    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
-        return CacheAttention(scale)
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None, window: int) -> nn.Module:
+        return super().attention(scale, kv_scales, window) if window else CacheAttention(scale)
 
 
 class InternalPositions(Positions):
@@ -138,8 +139,8 @@ class InternalPositions(Positions):
         place = super().forward(step, length)
         last_seen = (step.position + self.offsets).unsqueeze(1)  # [T, 1]
         unseen = (self.columns > last_seen).to(self.dtype) * HIDDEN  # [T, context]
-        groups = self.new_mask.shape[2] // length
-        return place._replace(past_mask=torch.cat([unseen] * groups, dim=0))
+        whole = torch.cat([unseen] * self.groups, dim=0)
+        return place._replace(masks=place.masks | {ATTENTION: (whole, self.new_mask)})
 
 
 @torch.library.custom_op("lfm_edge::update_cache", mutates_args=())
@@ -166,7 +167,8 @@ class CacheAttention(nn.Module):
         """query: [1, T, heads, D]; key, value: [1, T, kv_heads, D]; state: [1, kv_heads, context, D] each"""
         keys, values = (update_cache(cache, place.without_padding(rows.transpose(1, 2)), place.start)
                         for cache, rows in zip(state, (key, value), strict=True))
-        scores = grouped(query * self.scale, key.shape[2]) @ keys.transpose(2, 3) + place.past_mask
+        past_mask, _ = place.masks[ATTENTION]
+        scores = grouped(query * self.scale, key.shape[2]) @ keys.transpose(2, 3) + past_mask
         return ungrouped(scores.softmax(dim=-1) @ values, key.shape[1]), [keys, values]
 
 
@@ -310,7 +312,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "aten.ge.Tensor": _binary(mb.greater_equal), "aten.gt.Tensor": _binary(mb.greater),
     "aten.matmul.default": _binary(mb.matmul), "aten.neg.default": lambda x: _binary(mb.mul)(x, -1.0),
     "aten.clamp.default": lambda x, low, high: _binary(mb.minimum)(x, high),
-    "aten.silu.default": lambda x: mb.silu(x=x),
+    "aten.sigmoid.default": lambda x: mb.sigmoid(x=x), "aten.silu.default": lambda x: mb.silu(x=x),
     "aten.softmax.int": lambda x, axis: mb.softmax(x=x, axis=axis),
     "aten.rms_norm.default": _rms_norm,
     "aten.embedding.default": lambda table, rows: mb.gather(x=table, indices=rows, axis=0),

@@ -12,7 +12,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401 - registers the quantized embeddings
@@ -28,15 +28,17 @@ from torch.export.graph_signature import OutputKind
 from torch.nn import functional as F
 
 from exporters import xnnpack
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import SLIDING
 from lfm_edge.errors import ExportError
-from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.decoder import Decoder
-from lfm_edge.model.lowering import Linears, Lowering, Place, Weight, frozen, quantize_rows
+from lfm_edge.model.lowering import Linears, Lowering, Place, Positions, Weight, frozen, quantize_rows
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.session.state import StateSpec
 
 ARTIFACT = "model.pte"
 SPLIT_IN_3 = "conv.in_proj.weight"  # the one projection that the network asks for in parts
@@ -151,11 +153,14 @@ class XnnpackLowering(Lowering):
     def norm(self, weight: Tensor, eps: float) -> nn.Module:
         return RMSNorm(weight, eps)
 
-    def rotary(self, head_dim: int) -> nn.Module:
-        return Rotary(head_dim)
+    def positions(self, config: ModelConfig, state: StateSpec) -> nn.Module:
+        return WindowPositions(config, state) if SLIDING in config.layer_types else super().positions(config, state)
 
-    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
-        return InPlaceAttention(scale)
+    def rotary(self, head_dim: int, kind: str) -> nn.Module:
+        return Rotary(head_dim, kind)
+
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None, window: int) -> nn.Module:
+        return RingAttention(scale) if window else InPlaceAttention(scale)
 
     def last_tokens(self) -> nn.Module:
         return LastTokens()
@@ -242,14 +247,49 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Rotary embedding whose half rotation is a signed permutation matrix: slices would end the delegate."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, kind: str) -> None:
         super().__init__()
+        self.kind = kind
         half, none = torch.eye(head_dim // 2), torch.zeros(head_dim // 2, head_dim // 2)
         self.register_buffer("rotation", torch.cat([torch.cat([none, -half], 1), torch.cat([half, none], 1)]))
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         """x: float32 [1, T, heads, D] -> the same shape"""
-        return x * place.cos + F.linear(x, self.rotation) * place.sin
+        cos, sin = place.rotations[self.kind]
+        return x * cos + F.linear(x, self.rotation) * sin
+
+
+class WindowPlace(NamedTuple):
+    """As the reference's, and for sliding-window layers: where a step's rows go in the ring, and what it sees there.
+
+    indices: int64 [1, T]; mask: float32 [T, rows], 0 or minus infinity
+    """
+
+    start: int
+    rotations: dict[str, tuple[Tensor, Tensor]]
+    indices: Tensor
+    mask: Tensor
+
+
+class WindowPositions(Positions):
+    """The reference's, and the ring of the sliding-window layers, once for all of them."""
+
+    def __init__(self, config: ModelConfig, state: StateSpec) -> None:
+        super().__init__(config, state.context)
+        self.window = config.sliding_window
+        self.rows = next(tensor.rows for tensor in state.tensors if tensor.window)
+        self.register_buffer("slots", torch.arange(self.rows))
+
+    def forward(self, position: Tensor, length: int) -> WindowPlace:
+        """position: int64 [1]; length: tokens of the step"""
+        place = super().forward(position, length)
+        taken = torch.arange(place.start, place.start + length)  # positions of the step
+        newest = position + length - 1
+        held = newest - (newest - self.slots) % self.rows  # the position whose row stands in each slot; none below 0
+        distance = taken.unsqueeze(1) - held  # [T, rows]
+        seen = (distance >= 0) & (distance < self.window) & (held >= 0)
+        mask = torch.where(seen, 0.0, -torch.inf)
+        return WindowPlace(place.start, place.rotations, (taken % self.rows).unsqueeze(0), mask)
 
 
 class InPlaceAttention(nn.Module):
@@ -262,18 +302,37 @@ class InPlaceAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
                 place: Place) -> tuple[Tensor, list[Tensor]]:
         """query: float32 [1, T, heads, D]; key, value: float32 [1, T, kv_heads, D]; state: the layer's caches"""
-        position, in_float = place.start, len(state) == 2
+        in_float = len(state) == 2
         rows = (key, value) if in_float else (*quantize_rows(key), *quantize_rows(value))
         for cache, new in zip(state, rows, strict=True):
-            torch.ops.llama.update_cache(new, cache, position)
+            self.write(new, cache, place)
+        seen = self.seen(place, query.shape[1], state[0].shape[1])
         if in_float:
-            return torch.ops.llama.custom_sdpa(query, *state, position, None, 0.0, True, self.scale), state
+            return torch.ops.llama.custom_sdpa(query, *state, *seen, self.scale), state
         keys, key_scales, key_zeros, values, value_scales, value_zeros = state
         query, query_scales, query_zeros = quantize_rows(query)
         out = torch.ops.llama.custom_quantized_sdpa(
-            query, keys, values, position, None, 0.0, True, self.scale,
+            query, keys, values, *seen, self.scale,
             query_zeros, query_scales, key_zeros, key_scales, value_zeros, value_scales)
         return out, state
+
+    def write(self, rows: Tensor, cache: Tensor, place: Place) -> None:
+        """Write rows [1, T, ...] into a cache [1, rows, ...]."""
+        torch.ops.llama.update_cache(rows, cache, place.start)
+
+    def seen(self, place: Place, length: int, rows: int) -> tuple[int, Tensor | None, float, bool]:
+        """What the kernel is told of it: rows before the step's, a mask, how much to drop out, whether it is causal."""
+        return place.start, None, 0.0, True
+
+
+class RingAttention(InPlaceAttention):
+    """The same over a ring of the last positions, whose mask is the same for all layers."""
+
+    def write(self, rows: Tensor, cache: Tensor, place: WindowPlace) -> None:
+        torch.ops.llama.update_cache_with_indices(rows, cache, 0, place.indices)
+
+    def seen(self, place: WindowPlace, length: int, rows: int) -> tuple[int, Tensor | None, float, bool]:
+        return rows - length, place.mask, 0.0, False
 
 
 class LastTokens(nn.Module):

@@ -18,13 +18,13 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
 from exporters.gguf_vocabulary import Vocabulary
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import ExportError
-from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.lowering import Weight
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.tokenizer import TextTokenizer
 
 MODEL = "model.gguf"
 BLOCK = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0][0]  # columns that share a scale: 32, in Q8_0 as well
@@ -62,8 +62,14 @@ def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str,
             yield name, packed(name, weight).tobytes()
 
 
+_RUNS_FROM = {"lfm3": "0.8.0 (build 11960)"}
+
+
 def check_expressible(config: ModelConfig) -> None:
     """Raises ExportError for a model that llama.cpp's LFM2 is not. Every published LFM2 is."""
+    if config.model_type != "lfm2":
+        raise ExportError(f"llama.cpp runs {config.model_type} from its version {_RUNS_FROM[config.model_type]} on; "
+                          "lfm-edge writes for the one in llama-cpp-python 0.3.36, which has no such model")
     needs = {"an attention layer": bool(config.attention_layers), "a conv layer": bool(config.conv_layers),
              "convolutions without bias": not config.conv_bias, "two conv taps or more": config.conv_taps > 1,
              "heads as wide as hidden_size / num_attention_heads":

@@ -9,9 +9,9 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import SPLIT_PATTERN, TextTokenizer
 from lfm_edge.errors import ExportError
-from lfm_edge.tokenizer import SPLIT_PATTERN, TextTokenizer
 
 # llama.cpp knows splitting patterns by the names of models, and by the same name whether a piece of text that is a
 # token as a whole becomes that token before any merge is tried. Both of these split by LFM2's pattern.

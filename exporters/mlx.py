@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import ExportError
-from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model.static import ShiftedSum, StaticLowering, StaticProgram, constants_of
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.tensor import QuantizedTensor
@@ -156,6 +156,8 @@ def mlx_lm_config(job: ExportJob) -> dict[str, Any]:
 
 def unmet_by(config: ModelConfig) -> list[str]:
     """What mlx-lm 0.32 needs and this model lacks. Every published LFM2 has all of it."""
+    if config.model_type != "lfm2":
+        return [f"a model of type lfm2, and this one is {config.model_type}"]
     needs = {"a tied head": config.tie_embedding, "an attention layer": bool(config.attention_layers),
              "a conv layer": bool(config.conv_layers), "two conv taps or more": config.conv_taps > 1,
              "heads as wide as hidden_size / num_attention_heads":
@@ -290,6 +292,7 @@ ON_GPU: Operators = {
     _ATEN.new_zeros.default: lambda x, shape, **_: mx.zeros(shape, x.dtype),
     _ATEN.reshape.default: mx.reshape,
     _ATEN.rms_norm.default: lambda x, shape, weight, eps: mx.fast.rms_norm(x, weight, eps),
+    _ATEN.sigmoid.default: mx.sigmoid,
     _ATEN.silu.default: lambda x: x * mx.sigmoid(x),
     _ATEN.slice.Tensor: _slice,
     _ATEN.softmax.int: lambda x, axis: mx.softmax(x, axis, precise=True),

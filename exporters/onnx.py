@@ -22,23 +22,24 @@ from torch.export import Dim
 from torch.onnx import ops
 
 from exporters.external_data import INLINE_BYTES, ExternalData
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import ATTENTION, CONV, SLIDING
 from lfm_edge.errors import ExportError
-from lfm_edge.exporting import Artifact, ExportJob
 from lfm_edge.model import lowering as reference
 from lfm_edge.model.decoder import Decoder
-from lfm_edge.model.lowering import Lowering, Weight, frozen, rotary_angles
+from lfm_edge.model.lowering import Lowering, Weight, attention_kinds, frozen, rotary_angles
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.activations import column_block
 from lfm_edge.quantization.packing import block_codes, block_scales
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.state import APPEND, StateSpec, StateTensor
-from lfm_edge.targets import StateLayout
+from lfm_edge.session.state import APPEND, SLIDE, StateLayout, StateSpec, StateTensor
 
 OPSET = 23  # the first with RMSNormalization
 MICROSOFT = "com.microsoft"
 SCORED = "num_logits_to_keep"  # as transformers calls it
+WINDOW_ROWS = "window_rows"  # of the caches of sliding-window layers: as many as the caller has, the window or more
 INT8_MULTIPLY = 4  # MatMulNBits' accuracy level at which activations are rounded to 8 bits, too
 _LARGEST_FILE = 2_000_000_000  # of external data: what a browser can hold in one buffer
 
@@ -100,8 +101,8 @@ class OnnxLowering(Lowering):
         super().__init__()
         self.packed: dict[int, Packed] = {}
 
-    def positions(self, config: ModelConfig, context: int) -> nn.Module:
-        return Positions(config, context)
+    def positions(self, config: ModelConfig, state: StateSpec) -> nn.Module:
+        return Positions(config, state.context)
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         return QuantizedLinear(self, [_quantized_only(weight)], bias)
@@ -118,14 +119,14 @@ class OnnxLowering(Lowering):
     def norm(self, weight: Tensor, eps: float) -> nn.Module:
         return RMSNorm(weight, eps)
 
-    def rotary(self, head_dim: int) -> nn.Module:
+    def rotary(self, head_dim: int, kind: str) -> nn.Module:
         return RotatedLater()
 
     def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return CausalConv(weight, bias) if weight.shape[-1] > 1 else Scale(weight, bias)
 
-    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
-        return GroupQueryAttention(scale, kv_scales)
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None, window: int) -> nn.Module:
+        return GroupQueryAttention(scale, kv_scales, window)
 
     def last_tokens(self) -> nn.Module:
         return LastTokens()
@@ -241,8 +242,7 @@ class Place(NamedTuple):
     total: int  # P + T
     last_position: Tensor  # int32 [1]
     total_length: Tensor  # int32 []: the same as `total`
-    cos: Tensor  # float32 [context, D / 2]
-    sin: Tensor
+    rotations: dict[str, tuple[Tensor, Tensor]]  # cos and sin by the kind of layer, float32 [context, D / 2] each
 
 
 class Positions(nn.Module):
@@ -250,15 +250,18 @@ class Positions(nn.Module):
 
     def __init__(self, config: ModelConfig, context: int) -> None:
         super().__init__()
-        angles = rotary_angles(config, context)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        self.kinds = attention_kinds(config)
+        for kind in self.kinds:
+            angles = rotary_angles(config.rotation(kind), config.head_dim, context)
+            self.register_buffer(f"{kind}_cos", angles.cos())
+            self.register_buffer(f"{kind}_sin", angles.sin())
 
     def forward(self, attention_mask: Tensor, length: int) -> Place:
         """attention_mask: int64 [1, P + T], all ones"""
         total = attention_mask.shape[1]
         last_position = (attention_mask.sum(dim=1) - 1).to(torch.int32)
-        return Place(total, last_position, torch.scalar_tensor(total, dtype=torch.int32), self.cos, self.sin)
+        rotations = {kind: (getattr(self, f"{kind}_cos"), getattr(self, f"{kind}_sin")) for kind in self.kinds}
+        return Place(total, last_position, torch.scalar_tensor(total, dtype=torch.int32), rotations)
 
 
 class RotatedLater(nn.Module):
@@ -305,11 +308,15 @@ class Scale(nn.Module):
 
 
 class GroupQueryAttention(nn.Module):
-    """Rotates, appends to the caches (in place where past and present are one buffer), attends causally."""
+    """Rotates, appends to the caches (in place where past and present are one buffer), attends causally.
 
-    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> None:
+    With a window, the caches have a fixed number of rows, and the operator drops those that are too old.
+    """
+
+    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None, window: int) -> None:
         super().__init__()
         self.scale = scale
+        self.window = window
         if kv_scales is not None:
             for name, scales in zip(("key_scales", "value_scales"), kv_scales, strict=True):
                 self.register_buffer(name, scales[None, :, None].contiguous())  # [1, kv_heads, 1, D]
@@ -319,10 +326,13 @@ class GroupQueryAttention(nn.Module):
                 place: Place) -> tuple[Tensor, list[Tensor]]:
         """query: float32 [1, T, heads, D]; key, value: float32 [1, T, kv_heads, D]; state: [1, kv_heads, P, D]"""
         heads, kv_heads = query.shape[2], key.shape[2]
-        present = (1, kv_heads, place.total, key.shape[3])
+        present = state[0].shape if self.window else (1, kv_heads, place.total, key.shape[3])
+        rotation = place.rotations[SLIDING if self.window else ATTENTION]
         query, key, value = (x.flatten(2) for x in (query, key, value))
-        inputs = [query, key, value, *state, place.last_position, place.total_length, place.cos, place.sin]
+        inputs = [query, key, value, *state, place.last_position, place.total_length, *rotation]
         attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": self.scale, "do_rotary": 1}
+        if self.window:
+            attributes |= {"local_window_size": self.window, "sliding_window_cache": 1}
         if self.is_quantized:
             inputs += [None, None, None, self.key_scales, self.value_scales]  # no positions, no bias, no sink
             attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
@@ -358,12 +368,13 @@ class ExplicitState(nn.Module):
 
 
 def _trace(program: ExplicitState, state: StateSpec) -> ir.Model:
-    length, past = Dim("sequence_length"), Dim("past_sequence_length")
+    length = Dim("sequence_length")
+    rows = {APPEND: Dim("past_sequence_length"), SLIDE: Dim(WINDOW_ROWS)}
     sample = 3  # not 1, which torch would take for a constant
     # No memory is needed to trace with: a cache of zeros is one zero, expanded.
     tensors = [torch.zeros(1, dtype=tensor.torch_dtype).expand(*_sample_shape(tensor, sample))
                for tensor in state.tensors]
-    dynamic = tuple({tensor.axis: past} if tensor.update == APPEND else {} for tensor in state.tensors)
+    dynamic = tuple({tensor.axis: rows[tensor.update]} if tensor.is_cache else {} for tensor in state.tensors)
     tokens, mask = torch.zeros(1, sample, dtype=torch.int64), torch.ones(1, 2 * sample + 1, dtype=torch.int64)
     exported = torch.onnx.export(
         program, (tokens, mask, torch.ones(1, dtype=torch.int64), *tensors),
@@ -374,7 +385,7 @@ def _trace(program: ExplicitState, state: StateSpec) -> ir.Model:
 
 
 def _sample_shape(tensor: StateTensor, length: int) -> tuple[int, ...]:
-    return tuple(length if tensor.update == APPEND and axis == tensor.axis else size
+    return tuple(length if tensor.is_cache and axis == tensor.axis else size
                  for axis, size in enumerate(tensor.shape))
 
 
@@ -475,18 +486,23 @@ def transformers_js_config(job: ExportJob, name: str, files: int) -> dict[str, A
 
 
 def genai_config(job: ExportJob, path: str) -> dict[str, Any]:
-    """genai_config.json, which onnxruntime-genai loads the folder by."""
+    """genai_config.json, which onnxruntime-genai loads the folder by.
+
+    It knows no sliding windows: for it, such a layer has a cache as long as the answer may get, of which the graph
+    looks at the last rows only.
+    """
     config, context = job.config, job.state.context
     ids = {name: value for name, value in config.special_ids().items() if value is not None}
     return {
         "model": {
-            "type": config.model_type, "vocab_size": config.vocab_size, "context_length": context,
+            "type": "lfm2", "vocab_size": config.vocab_size, "context_length": context,
             **ids,
             "decoder": {
                 "filename": path, "session_options": {"provider_options": []},
                 "hidden_size": config.hidden_size, "head_size": config.head_dim,
                 "num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads,
-                "num_hidden_layers": config.num_layers, "layer_types": list(config.layer_types),
+                "num_hidden_layers": config.num_layers,
+                "layer_types": [CONV if kind == CONV else ATTENTION for kind in config.layer_types],
                 "conv_cache_size": config.conv_taps - 1,
                 "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask",
                            "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
@@ -505,7 +521,21 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _usage(job: ExportJob, path: str) -> str:
-    return _USAGE.replace("PATH", path).replace("STOP", repr(list(job.config.eos_token_ids)))
+    window = next((tensor for tensor in job.state.tensors if tensor.window), None)
+    text = _USAGE.replace("JAVASCRIPT", _JAVASCRIPT if window is None else _NO_JAVASCRIPT)
+    if window is not None:
+        text = text.replace("WINDOWS", _WINDOWS.replace("ROWS", str(window.rows)).replace("LEAST", str(window.window)))
+        text = text.replace("isinstance(size, int) else 0", "isinstance(size, int) else ROWS.get(size, 0)")
+        text = text.replace("\ndtypes =", f'\nROWS = {{"{WINDOW_ROWS}": {window.rows}}}\ndtypes =')
+    return text.replace("WINDOWS", "").replace("PATH", path).replace("STOP", repr(list(job.config.eos_token_ids)))
+
+
+_JAVASCRIPT = '`AutoModelForCausalLM.from_pretrained(".")`; in a browser, from the hub or your own server'
+_NO_JAVASCRIPT = "cannot run it: it knows no model of this type, and begins with caches that are too small for a window"
+_WINDOWS = """\
+Caches of layers with a sliding window have ROWS rows, zeros at first; any number from LEAST on will do. The operator
+drops rows that are too old, so these caches do not grow with the context.
+"""
 
 
 _USAGE = """\
@@ -516,11 +546,11 @@ int64 [1, P + T], all ones, P being the tokens of the steps before. `logits` are
 [1, 1, vocab], or of as many as `num_logits_to_keep` int64 [1] says, which need not be given. The n-th `present` output
 is the next value of the n-th `past` input. A conversation begins with zeros and P = 0. Past and present of one KV cache
 may be one buffer of [1, kv_heads, context, head_dim]: the step then writes its rows in place.
-
+WINDOWS
 - Python: `from lfm_edge import open_bundle; session = open_bundle(".").session()`
 - onnxruntime-genai: `onnxruntime_genai.Model(".")`. Its tokenizer puts the first token before a text only after
   `tokenizer.update_options(add_special_tokens="true")`; a chat template brings its own
-- transformers.js: `AutoModelForCausalLM.from_pretrained(".")`; in a browser, from the hub or your own server
+- transformers.js: JAVASCRIPT
 - onnxruntime alone, in any language; in Python:
 
 ```python

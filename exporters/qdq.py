@@ -21,10 +21,10 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from exporters.external_data import INLINE_BYTES, ExternalData
+from lfm_edge.calibration.ranges import UNIT_INT8, Encoding, is_to_int8, mask_depth
 from lfm_edge.errors import ExportError
 from lfm_edge.model.static import constants_of
 from lfm_edge.quantization.packing import transposed_codes
-from lfm_edge.quantization.ranges import UNIT_INT8, Encoding, is_to_int8, mask_depth
 from lfm_edge.quantization.tensor import QuantizedTensor
 
 OPSET = 23  # the first with RMSNormalization
@@ -287,7 +287,9 @@ def _same(writer: GraphWriter, node: fx.Node) -> None:
 _RULES: dict[str, Callable[[GraphWriter, fx.Node], None]] = {
     "aten.add.Tensor": _binary("Add"), "aten.mul.Tensor": _binary("Mul"), "aten.matmul.default": _binary("MatMul"),
     "lfm_edge.linear.default": _linear, "lfm_edge.masked.default": _masked,
-    "aten.silu.default": _silu, "aten.rms_norm.default": _rms_norm,
+    "aten.sigmoid.default": lambda writer, node: _write(writer, "Sigmoid", node, *node.args),
+    "aten.silu.default": _silu,
+    "aten.rms_norm.default": _rms_norm,
     "aten.softmax.int": lambda writer, node: _write(writer, "Softmax", node, node.args[0], axis=node.args[1]),
     "aten.cat.default": lambda writer, node: _write(
         writer, "Concat", node, *node.args[0], axis=node.args[1] if len(node.args) > 1 else 0),

@@ -26,38 +26,38 @@ from torch.export.graph_signature import InputKind
 
 from exporters.external_data import ExternalData
 from exporters.qdq import GraphWriter, constant
-from lfm_edge import htp
-from lfm_edge.config import ModelConfig
-from lfm_edge.errors import ExportError
-from lfm_edge.exporting import Artifact, ExportJob
-from lfm_edge.model.decoder import Decoder
-from lfm_edge.model.lowering import Linears, Weight
-from lfm_edge.model.static import ShiftedSum, StaticLowering, grouped, ungrouped
-from lfm_edge.model.weights import Weights
-from lfm_edge.npu import (
+from lfm_edge.backends import htp
+from lfm_edge.backends.npu import (
     CONV_ROWS,
-    COS,
     DECODE,
     EMBEDDINGS,
     LAST,
     LOGITS,
-    MASK,
     PREFILL,
-    SIN,
+    TABLES,
     Arrays,
     NpuSession,
     graph_name,
     graphs_of,
     hidden_name,
 )
+from lfm_edge.backends.socs import Soc
+from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.calibration import ranges
+from lfm_edge.calibration.ranges import UNIT_INT8, Encoding, Ranges, Watched
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import ATTENTION, SLIDING
+from lfm_edge.errors import ExportError
+from lfm_edge.model.decoder import Decoder
+from lfm_edge.model.lowering import Linears, Weight, attention_kinds
+from lfm_edge.model.static import ShiftedSum, StaticLowering, grouped, ungrouped
+from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
-from lfm_edge.quantization import packing, ranges
+from lfm_edge.quantization import packing
 from lfm_edge.quantization.activations import column_block
-from lfm_edge.quantization.ranges import UNIT_INT8, Encoding, Ranges, Watched
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.socs import Soc
-from lfm_edge.state import APPEND, StateSpec
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import TARGETS
 
 DIRECTORY, GRAPHS = "npu", "graphs"
@@ -113,15 +113,14 @@ def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str,
 class Place(NamedTuple):
     """What the layers need to know of a step, all of it given.
 
-    cos, sin: [1, T, 1, D]
-    past_mask: [1, 1, 1, context], new_mask: [1, kv_heads, G*T, T]: -1 for what is hidden; G heads share a key head
+    rotations: cos and sin, [1, T, 1, D] each, by the kind of layer
+    masks: of the cache, [1, 1, 1, context] or [1, kv_heads, G*T, rows], and of the step's own rows,
+        [1, kv_heads, G*T, T], by the kind of layer: -1 for what is hidden; G heads share a key head
     conv_rows: int32 [taps - 1], the columns that are the next conv state; last: int32 [1], the last valid token
     """
 
-    cos: Tensor
-    sin: Tensor
-    past_mask: Tensor
-    new_mask: Tensor | None
+    rotations: dict[str, tuple[Tensor, Tensor]]
+    masks: dict[str, tuple[Tensor, Tensor | None]]
     conv_rows: Tensor | None
     last: Tensor | None
 
@@ -136,7 +135,7 @@ class NpuLowering(StaticLowering):
         super().__init__(length, torch.float32)
         self.linears_made: list[tuple[QuantizedTensor, QuantizedTensor, str]] = []  # the weight, its part, which
 
-    def positions(self, config: ModelConfig, context: int) -> nn.Module:
+    def positions(self, config: ModelConfig, state: StateSpec) -> nn.Module:
         return Places(config, self.length)
 
     def embedding(self, weight: Weight) -> nn.Module:
@@ -156,14 +155,14 @@ class NpuLowering(StaticLowering):
             layers.append(super().linear(part, None if bias is None else bias[here]))
         return Linears(layers)
 
-    def rotary(self, head_dim: int) -> nn.Module:
-        return Rotary()
+    def rotary(self, head_dim: int, kind: str) -> nn.Module:
+        return Rotary(kind)
 
     def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return CausalConv(weight, bias)
 
-    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
-        return EightBitAttention(scale, kv_scales)
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None, window: int) -> nn.Module:
+        return EightBitAttention(scale, kv_scales, SLIDING if window else ATTENTION)
 
     def last_tokens(self) -> nn.Module:
         return LastValidToken()
@@ -188,23 +187,33 @@ class Places(nn.Module):
 
     def __init__(self, config: ModelConfig, length: int) -> None:
         super().__init__()
-        causal = torch.full((length, length), -1.0).triu(diagonal=1)
         groups = config.num_attention_heads // config.num_key_value_heads
-        # One for each key head: the simulator was seen to apply a mask for all of them to the first one only.
-        self.register_buffer("new_mask", causal.repeat(config.num_key_value_heads, groups, 1)[None])
+        later = torch.ones(length, length).triu(diagonal=1)
+        self.kinds = attention_kinds(config)
+        for kind in self.kinds:
+            beyond = torch.ones(length, length).tril(-config.sliding_window)
+            mask = torch.where(later + beyond > 0 if kind == SLIDING else later > 0, -1.0, 0.0)
+            # One for each key head: the simulator was seen to apply a mask for all of them to the first one only.
+            self.register_buffer(f"{kind}_mask", mask.repeat(config.num_key_value_heads, groups, 1)[None])
 
     def forward(self, place: Place, length: int) -> Place:
         """The place, whole."""
-        return place._replace(new_mask=self.new_mask)
+        return place._replace(masks={kind: (place.masks[kind][0], getattr(self, f"{kind}_mask"))
+                                     for kind in self.kinds})
 
 
 class Rotary(nn.Module):
     """Rotary position embedding with the signs in the sines: the halves are swapped, and none is negated."""
 
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
     def forward(self, x: Tensor, place: Place) -> Tensor:
         """x: [1, T, heads, D] -> the same shape"""
         first, second = x[..., :x.shape[3] // 2], x[..., x.shape[3] // 2:]
-        return x * place.cos + torch.cat([second, first], dim=-1) * place.sin
+        cos, sin = place.rotations[self.kind]
+        return x * cos + torch.cat([second, first], dim=-1) * sin
 
 
 class CausalConv(ShiftedSum):
@@ -233,8 +242,9 @@ class EightBitAttention(nn.Module):
     each channel, 8 bits lose little. The scales of the keys are put on the queries, those of the values on the result.
     """
 
-    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor], kind: str) -> None:
         super().__init__()
+        self.kind = kind
         key_scales, value_scales = kv_scales  # [kv_heads, D] each
         self.scale = scale
         self.register_buffer("key_scales", key_scales)
@@ -251,16 +261,33 @@ class EightBitAttention(nn.Module):
         before a result is moved behind its rounding by ONNX Runtime, where the NPU has no operator for it.
         """
         past_keys, past_values = state
+        past_mask, new_mask = place.masks[self.kind]
         heads, kv_heads = query.shape[2], key.shape[2]
         groups = heads // kv_heads
         keys, values = ranges.to_int8(key * self.to_keys), ranges.to_int8(value * self.to_values)
         query = grouped(query * (self.key_scales * self.scale).repeat_interleave(groups, 0), kv_heads)
-        scores = torch.cat([ranges.masked(query @ past_keys, place.past_mask),
-                            ranges.masked(query @ keys.permute(0, 2, 3, 1), place.new_mask)], dim=-1)
+        scores = torch.cat([ranges.masked(query @ past_keys, past_mask),
+                            ranges.masked(query @ keys.permute(0, 2, 3, 1), new_mask)], dim=-1)
         shares = scores.softmax(dim=-1)  # [1, kv_heads, G*T, context + T]
         context = past_keys.shape[3]
         out = shares[..., :context] @ past_values + shares[..., context:] @ values.transpose(1, 2)
         return ungrouped(out, key.shape[1]) * self.value_scales.repeat_interleave(groups, 0), [keys, values]
+
+
+def _tables(config: ModelConfig, state: StateSpec, length: int) -> dict[str, Tensor]:
+    """What the host computes for a step of `length` tokens, by name: samples of the shapes."""
+    tables = {EMBEDDINGS: torch.zeros(1, length, config.hidden_size)}
+    rows = config.num_attention_heads // config.num_key_value_heads * length
+    for kind in attention_kinds(config):
+        cos, sin, mask = TABLES[kind]
+        ring = next((tensor.rows for tensor in state.tensors if tensor.window), 0)
+        shape = (1, config.num_key_value_heads, rows, ring) if kind == SLIDING else (1, 1, 1, state.context)
+        tables |= {cos: torch.zeros(1, length, 1, config.head_dim), sin: torch.zeros(1, length, 1, config.head_dim),
+                   mask: torch.zeros(shape)}
+    if length > 1:
+        tables |= {CONV_ROWS: torch.zeros(config.conv_taps - 1, dtype=torch.int32),
+                   LAST: torch.zeros(1, dtype=torch.int32)}
+    return tables
 
 
 class NpuProgram(nn.Module):
@@ -274,14 +301,8 @@ class NpuProgram(nn.Module):
         lowering = NpuLowering(length)
         self.decoder = Decoder(config, weights, state, lowering)
         self.weights = lowering.named(weights)
-        tables = {EMBEDDINGS: torch.zeros(1, length, config.hidden_size),
-                  COS: torch.zeros(1, length, 1, config.head_dim), SIN: torch.zeros(1, length, 1, config.head_dim),
-                  MASK: torch.zeros(1, 1, 1, state.context)}
-        if length > 1:
-            tables |= {CONV_ROWS: torch.zeros(config.conv_taps - 1, dtype=torch.int32),
-                       LAST: torch.zeros(1, dtype=torch.int32)}
-        self.tables = len(tables)
-        samples = tables | {tensor.name: torch.zeros(1).expand(tensor.shape) for tensor in state.tensors}
+        self.tables = _tables(config, state, length)
+        samples = self.tables | {tensor.name: torch.zeros(1).expand(tensor.shape) for tensor in state.tensors}
         self.inputs = list(samples)
         self.outputs = [LOGITS, *(tensor.next_name for tensor in state.tensors)]
         self.traced = torch.export.export(self, tuple(samples.values()), strict=False).run_decompositions({})
@@ -293,17 +314,20 @@ class NpuProgram(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """logits: [1, 1, vocab], of the last valid token"""
-        embeddings, cos, sin, past_mask, *chosen = inputs[:self.tables]
-        place = Place(cos, sin, past_mask, None, *(chosen or (None, None)))
-        logits, following = self.decoder(embeddings, place, list(inputs[self.tables:]))
+        given = dict(zip(self.tables, inputs, strict=False))
+        rotations = {kind: (given[cos], given[sin]) for kind, (cos, sin, _) in TABLES.items() if cos in given}
+        masks = {kind: (given[mask], None) for kind, (_, _, mask) in TABLES.items() if mask in given}
+        place = Place(rotations, masks, given.get(CONV_ROWS), given.get(LAST))
+        logits, following = self.decoder(given[EMBEDDINGS], place, list(inputs[len(self.tables):]))
         return logits, *following
 
     def encodings(self, measured: Ranges) -> dict[str, Encoding]:
         """Of every value of the trace, by its nodes."""
-        caches = {tensor.name: UNIT_INT8 for tensor in self.decoder.state.tensors if tensor.update == APPEND}
-        turns = Encoding.of(-1.0, 1.0)
-        fixed = {COS: turns, SIN: turns, MASK: Encoding.of(-1.0, 0.0), **caches}
-        return ranges.encodings(self.traced, self.value_names, measured, fixed)
+        caches = {tensor.name: UNIT_INT8 for tensor in self.decoder.state.tensors if tensor.is_cache}
+        turns, hidden = Encoding.of(-1.0, 1.0), Encoding.of(-1.0, 0.0)
+        fixed = {name: encoding for names in TABLES.values()
+                 for name, encoding in zip(names, (turns, turns, hidden), strict=True)}
+        return ranges.encodings(self.traced, self.value_names, measured, fixed | caches)
 
 
 def _measure(job: ExportJob, program: NpuProgram) -> Ranges:

@@ -1,4 +1,4 @@
-"""On-device export and deployment of Liquid AI's LFM2 / LFM2.5 models.
+"""On-device export and deployment of Liquid AI's LFM2, LFM2.5 and LFM3 models.
 
     from lfm_edge import export, open_bundle
     bundle = export("LiquidAI/LFM2.5-1.2B-Instruct", target="android-q4", output="out")
@@ -8,13 +8,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lfm_edge.bundle import open_bundle
-    from lfm_edge.exporting import export
+    from lfm_edge.bundle.bundle import open_bundle
+    from lfm_edge.bundle.export import export
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "export", "open_bundle"]
 
-_HOMES = {"export": "lfm_edge.exporting", "open_bundle": "lfm_edge.bundle"}
+_HOMES = {"export": "lfm_edge.bundle.export", "open_bundle": "lfm_edge.bundle.bundle"}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,13 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from lfm_edge.checkpoint.presets import DEFAULT_MODEL
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import check_outputs, write_text
-from lfm_edge.presets import DEFAULT_MODEL
 from lfm_edge.stdout import checked_stdout
 
 if TYPE_CHECKING:
-    from lfm_edge.bundle import Bundle
+    from lfm_edge.bundle.bundle import Bundle
 
 
 class _Commands(TyperGroup):
@@ -42,7 +42,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="rich",
-                  help="Export LFM2 / LFM2.5 models to verified on-device bundles.\n\n"
+                  help="Export LFM2, LFM2.5 and LFM3 models to verified on-device bundles.\n\n"
                        "[bold]lfm-edge export --target android-q4 --model DIR --output out[/], then "
                        "[bold]verify[/], [bold]bench[/], [bold]generate[/] or [bold]chat[/] with it.")
 _SIGNALLED = 128  # the exit code of a command that a signal ended, without the signal's number
@@ -136,7 +136,7 @@ def export(
 ) -> None:
     """Quantize a checkpoint and export it to a bundle."""
     _let_threads_sleep()
-    from lfm_edge.exporting import export as run
+    from lfm_edge.bundle.export import export as run
 
     output = output or Path(f"{_name_of(model)}-{target}")
     with _interruption_told(output), _progress() as progress:
@@ -331,8 +331,8 @@ def generate(
     The prompt is what the model reads: tokens such as <|im_start|> may stand in it.
     """
     opened = _open(bundle)
-    from lfm_edge.generation import generate as run
-    from lfm_edge.generation import text_pieces
+    from lfm_edge.session.generation import generate as run
+    from lfm_edge.session.generation import text_pieces
 
     tokenizer, session = opened.tokenizer(), opened.session(threads)
     if baked_prompt and opened.baked_prompt:
@@ -367,7 +367,7 @@ def chat(
     """
     opened = _open(bundle)
     check_outputs({"--session": session}, opened.files)
-    from lfm_edge.generation import Chat, read_tools
+    from lfm_edge.session.generation import Chat, read_tools
 
     functions = None if tools is None else read_tools(tools)
     conversation = Chat(opened.session(threads), opened.tokenizer(), opened.manifest.config.eos_token_ids,
@@ -512,7 +512,7 @@ def _for_a_shell(path: Path) -> str:
 
 
 def _open(path: Path) -> Bundle:
-    from lfm_edge.bundle import open_bundle
+    from lfm_edge.bundle.bundle import open_bundle
 
     return open_bundle(path)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from lfm_edge.errors import ExportError
+from lfm_edge.session.state import RING, SHIFT, SLIDE, StateLayout
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,6 @@ class Thresholds:
     kl_divergence: float
     noise_factor: float
     task_drop: float
-
-
-@dataclass(frozen=True)
-class StateLayout:
-    """How a backend wants its state to lie.
-
-    kv_heads_first: caches are [1, kv_heads, context, head_dim] instead of [1, context, kv_heads, head_dim]; at
-        int8 their scales are constants of the program, one for each channel
-    keys_transposed: caches of keys are [1, kv_heads, head_dim, context], where the heads come first
-    conv_channels_last: conv states are [1, taps - 1, hidden] instead of [1, hidden, taps - 1]
-    """
-
-    kv_heads_first: bool = False
-    keys_transposed: bool = False
-    conv_channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,7 +159,7 @@ _XNNPACK_PARITY = {"logit_error": 1e-3, "typical_error": 1e-4, "kl_divergence": 
 _EXECUTORCH = {
     "exporter_name": "executorch", "runtime_name": "executorch", "requires": ("executorch",),
     "activations": "int8 rows", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
-    "state_layout": StateLayout(), "state_modes": ("explicit", "internal"), "artifact": "model.pte",
+    "state_layout": StateLayout(window=RING), "state_modes": ("explicit", "internal"), "artifact": "model.pte",
     "runs_on": "Android, iOS, Linux (XNNPACK)",
     "footprint": Footprint(8_000_000, tied_in_file=2, tied_in_memory=2, forgets_table=True),
 }
@@ -186,7 +172,7 @@ _ONNX_PARITY = _XNNPACK_PARITY
 _ONNX = {
     "exporter_name": "onnx", "runtime_name": "onnxruntime", "requires": ("onnxruntime", "onnxscript"),
     "activations": "int8 blocks", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
-    "state_layout": StateLayout(kv_heads_first=True), "state_modes": ("explicit",),
+    "state_layout": StateLayout(kv_heads_first=True, window=SLIDE), "state_modes": ("explicit",),
     "runs_on": "any CPU (ONNX Runtime), browsers",
     # MLAS on x86-64 adds a float32 sum to the float32 scale of each group (docs/onnx.md).
     "footprint": Footprint(17_000_000, scale_bytes=4, packed_bytes=4, tied_in_memory=2, forgets_table=True),
@@ -197,7 +183,7 @@ _ONNX = {
 _FLOAT_PARITY = {"logit_error": 1e-4, "typical_error": 1e-5, "kl_divergence": 1e-8, "noise_factor": 3.0}
 
 _APPLE = {
-    "activations": "float", "state_layout": StateLayout(kv_heads_first=True, conv_channels_last=True),
+    "activations": "float", "state_layout": StateLayout(kv_heads_first=True, conv_channels_last=True, window=SHIFT),
     "measured_on": ("darwin",), "takes_threads": False,
 }
 
@@ -219,7 +205,7 @@ _NPU_PARITY = {"logit_error": 0.09, "typical_error": 0.03, "kl_divergence": 1e-3
 _NPU = {
     "exporter_name": "qnn", "runtime_name": "qnn", "requires": ("onnxruntime_qnn",), "activations": "float",
     "compute_dtypes": ("int16",), "kv_dtypes": ("int8",), "state_modes": ("explicit",), "artifact": "npu/CHIP",
-    "state_layout": StateLayout(kv_heads_first=True, keys_transposed=True, conv_channels_last=True),
+    "state_layout": StateLayout(kv_heads_first=True, keys_transposed=True, conv_channels_last=True, window=RING),
     "runs_on": "Snapdragon NPU (ONNX Runtime, QNN)", "measured_on": ("linux-aarch64",), "takes_threads": False,
     "two_level": True, "calibrated": True, "compiled": True,
 }
@@ -280,8 +266,3 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise ExportError(f"unknown target '{name}'; known targets are {', '.join(TARGETS)}")
     return TARGETS[name]
-
-
-def reference_runtime() -> ModuleType:
-    """The `torch` runtime, which every artifact is held against."""
-    return importlib.import_module("runtimes.reference")

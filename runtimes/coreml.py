@@ -13,10 +13,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import BundleError
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import APPEND
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import APPEND
 from runtimes.mil import MilProgram
 
 _PREFILL, _DECODE = "prefill", "decode"

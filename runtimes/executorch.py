@@ -13,11 +13,11 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.extension.pybindings import portable_lib
 from numpy.typing import NDArray
 
-from lfm_edge.bundle import Bundle
+from lfm_edge.backends.mapped import MappedPages, loading
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import BundleError
-from lfm_edge.mapped import MappedPages, loading
 from lfm_edge.progress import native_messages_hidden
-from lfm_edge.session import Logits, Session
+from lfm_edge.session.session import Logits, Session
 
 
 def open_session(bundle: Bundle, threads: int | None = None) -> Session:

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from llama_cpp import _logger
 
-from lfm_edge.bundle import Bundle, Manifest
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.cores import usable_cores
 from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import APPEND, StateSpec, StateTensor
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import APPEND, StateSpec, StateTensor
 
 _SEQUENCE = 0  # llama.cpp's number of the one conversation that a context of ours has
 _CONV_ONLY = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
@@ -127,12 +127,12 @@ class LlamaCppSession(Session):
         """Copies of the state tensors, zeros where a cache has no row yet."""
         tensors = [tensor.fresh() for tensor in self.spec.tensors]
         for tensor, value, kept in zip(self.spec.tensors, tensors, self._kept(), strict=True):
-            tensor.filled(value, self.position).copy_(kept)
+            tensor.put_back(value, kept, self.position)
         return tensors
 
     @state.setter
     def state(self, tensors: list[torch.Tensor]) -> None:
-        self._put_back([tensor.filled(value, self.position)
+        self._put_back([tensor.kept(value, self.position)
                         for tensor, value in zip(self.spec.tensors, tensors, strict=True)], self.position)
 
     def _empty(self) -> None:
@@ -146,7 +146,7 @@ class LlamaCppSession(Session):
         llama_cpp.llama_memory_clear(self.memory, self._has_overflown)
         self._has_overflown = False
 
-    def _replaced(self) -> np.ndarray:
+    def _replaced(self, most: int | None) -> np.ndarray:
         """The conv state alone, as llama.cpp writes it; nothing before the first token."""
         if not self._taken:
             return np.empty(0, np.uint8)
@@ -184,11 +184,11 @@ class LlamaCppSession(Session):
 
     def _kept(self) -> tuple[torch.Tensor, ...]:
         if not self.position:
-            return tuple(tensor.filled(tensor.fresh(), 0) for tensor in self.spec.tensors)
+            return tuple(tensor.kept(tensor.fresh(), 0) for tensor in self.spec.tensors)
         size = llama_cpp.llama_state_seq_get_size(self.context, _SEQUENCE)
         content = np.empty(size, np.uint8)
         llama_cpp.llama_state_seq_get_data(self.context, _bytes_of(content), size, _SEQUENCE)
-        return tuple(tensor.filled(value, self.position)
+        return tuple(tensor.kept(value, self.position)
                      for tensor, value in zip(self.spec.tensors, self.layout.read(content), strict=True))
 
     def _put_back(self, tensors: Sequence[torch.Tensor], position: int) -> None:
@@ -236,7 +236,7 @@ class StateBytes:
                                        "lfm-edge was made for")
                 start += len(part)
                 continue
-            shape = part.filled_shape(position)
+            shape = part.kept_shape(position)
             end = start + math.prod(shape) * part.torch_dtype.itemsize
             value = torch.from_numpy(content[start:end].copy()).view(part.torch_dtype)
             value = value.view(-1, position).t().contiguous() if self._lies_last(part) else value
@@ -258,7 +258,7 @@ class StateBytes:
     def _rows(self, tensor: StateTensor, value: torch.Tensor, position: int) -> memoryview:
         """What stands there of a tensor."""
         if tensor.update == APPEND and value.shape[tensor.axis] < position:
-            value = value if value.numel() else torch.zeros(tensor.filled_shape(1), dtype=value.dtype)
+            value = value if value.numel() else torch.zeros(tensor.kept_shape(1), dtype=value.dtype)
             value = value.index_select(tensor.axis, torch.arange(position) % value.shape[tensor.axis])
         if self._lies_last(tensor):
             value = value.reshape(position, -1).t()

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import BundleError
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import APPEND, StateSpec, StateTensor
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import APPEND, StateSpec, StateTensor
 
 WEIGHTS = "model.safetensors"
 GPU_FUNCTION, CPU_FUNCTION = "model.mlxfn", "model.cpu.mlxfn"
@@ -150,7 +150,7 @@ class MlxSession(Session):
     def _repeat_rows(self, position: int) -> None:
         """Nothing: `state` is a copy, and MLX's own arrays are in memory as a whole from the beginning."""
 
-    def _replaced(self) -> dict[int, mx.array]:
+    def _replaced(self, most: int | None) -> dict[int, mx.array]:
         return {index: array for index, (tensor, array) in enumerate(zip(self.held, self.arrays, strict=True))
                 if tensor.update != APPEND}  # no copies: a step gives others in their place
 
@@ -166,10 +166,19 @@ class MlxSession(Session):
         mx.eval(self.arrays)
 
     def _read(self, index: int, position: int) -> torch.Tensor:
-        return to_torch(self.arrays[index][_rows(self.spec.tensors[index], 0, position)])
+        tensor, array = self.spec.tensors[index], self.arrays[index]
+        if tensor.update == APPEND:
+            return to_torch(array[_rows(tensor, 0, position)])
+        return tensor.kept(to_torch(array), position)
 
     def _write(self, index: int, kept: torch.Tensor, position: int) -> None:
-        self._put(index, from_torch(kept), 0, position)
+        tensor = self.spec.tensors[index]
+        if tensor.update == APPEND:
+            self._put(index, from_torch(kept), 0, position)
+        else:
+            value = tensor.fresh()
+            tensor.put_back(value, kept, position)
+            self.arrays[index] = from_torch(value)
 
 
 def _rows(tensor: StateTensor, start: int, count: int) -> tuple[slice, ...]:

@@ -21,13 +21,14 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from lfm_edge import cached, ort
-from lfm_edge.bundle import Bundle
+from lfm_edge import cached
+from lfm_edge.backends import ort
+from lfm_edge.backends.mapped import MappedPages, loading
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import BundleError
 from lfm_edge.files import cache_directory
-from lfm_edge.mapped import MappedPages, loading
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import APPEND, StateSpec
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import StateSpec
 
 _GRAPH, _DATA = "model.onnx", "model.onnx_data"
 _FORMAT = 2  # of a packed graph; another one is made where this has changed
@@ -207,7 +208,7 @@ class OnnxSession(Session):
 
     @state.setter
     def state(self, tensors: list[torch.Tensor]) -> None:
-        others = [state if tensor.update == APPEND else tensor.fresh()
+        others = [state if tensor.is_cache else tensor.fresh()
                   for tensor, state in zip(self.spec.tensors, tensors, strict=True)]
         self._buffers = tensors, others
         self._bindings = self._bind(tensors, others), self._bind(others, tensors)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from lfm_edge import htp, ort
-from lfm_edge.bundle import Bundle
+from lfm_edge.backends import htp, ort
+from lfm_edge.backends.npu import DECODE, EMBEDDINGS, PREFILL, Arrays, NpuSession, graphs_of
+from lfm_edge.backends.socs import SOCS, Soc
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import BundleError
-from lfm_edge.npu import DECODE, EMBEDDINGS, PREFILL, Arrays, NpuSession, graphs_of
-from lfm_edge.session import Session
-from lfm_edge.socs import SOCS, Soc
+from lfm_edge.session.session import Session
 
 _SIMULATED = "{} ({}, HTP v{}), simulated on this host: the chip's own operators and roundings, not its speed"
 _MACHINE = Path("/sys/devices/soc0/soc_id")

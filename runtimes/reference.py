@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lfm_edge.checkpoint import Checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.checkpoint import Checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.model.decoder import Decoder
 from lfm_edge.model.lowering import Linear, Lowering
 from lfm_edge.model.weights import Weights
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import StateSpec
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import StateSpec
 
 # In float32 a few roundings: what sums of some hundred terms differ by. Where a program computes in fewer bits, its
 # sums are wider than that and its results are rounded: one rounding. Of 16-bit integers a value uses some tenths of the

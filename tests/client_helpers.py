@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 
-from lfm_edge.generation import generate
+from lfm_edge.session.generation import generate
 from tests.helpers import TINY
 
 TIE = 1e-3  # of the logits' spread: random models have near-ties, which another order of summation decides

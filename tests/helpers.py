@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, Lfm3Config, Lfm3ForCausalLM, PreTrainedModel
 
-from lfm_edge.bundle import Bundle, Manifest
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
 from lfm_edge.harness.verify import Verification, verify
 from lfm_edge.quantization.recipe import recipe
-from lfm_edge.state import StateSpec
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import TARGETS
-from lfm_edge.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
 
 REPO = Path(__file__).parent.parent
 TINY = REPO / "examples/tiny-model/checkpoint"
@@ -62,6 +62,36 @@ ALL_AT_ONCE = {"vocab_size": 301, "tie_word_embeddings": False, "conv_bias": Tru
 _STRICT = 1e-5  # of the logits' spread, where the model's own noise floor is below it
 
 
+_SMALL_LFM3: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "layer_types": ["conv", "conv", "full_attention", "conv", "sliding_attention", "conv"],
+    "sliding_window": 256, "conv_L_cache": 7, "max_position_embeddings": 4096,
+    "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0,
+}
+
+# Of LFM3, likewise.
+AWKWARD_LFM3: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "window of 8": {"sliding_window": 8},
+    "no gate": {"use_attention_gate": False},
+    "no sandwich norms": {"use_sandwich_norm": False},
+    "sliding first, three taps, one key head": {
+        "layer_types": ["sliding_attention", "full_attention", "conv", "sliding_attention"], "conv_L_cache": 3,
+        "num_key_value_heads": 1},
+    "sliding only": {"layer_types": ["conv", "sliding_attention", "sliding_attention"], "sliding_window": 16},
+    "whole rotation, untied head, odd vocabulary": {
+        "tie_word_embeddings": False, "vocab_size": 333, "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
+}
+
+
+# All of it in one model, with a window that a short text leaves behind.
+ALL_AT_ONCE_LFM3 = {
+    "layer_types": ["sliding_attention", "conv", "full_attention", "conv", "sliding_attention"], "sliding_window": 8,
+    "conv_bias": True, "vocab_size": 301, "tie_word_embeddings": False, "num_key_value_heads": 1}
+
+
 def hf_config(**overrides: Any) -> Lfm2Config:
     """transformers' config of a small model: 4 layers, 64 wide, 300 tokens."""
     values = _SMALL | overrides
@@ -73,8 +103,19 @@ def hf_model(*, seed: int = 0, **overrides: Any) -> Lfm2ForCausalLM:
 
     transformers 5.23 runs a model without attention layers with `use_cache=False` only.
     """
+    return _seeded(Lfm2ForCausalLM(hf_config(**overrides)), seed)
+
+
+def lfm3_model(*, seed: int = 0, **overrides: Any) -> Lfm3ForCausalLM:
+    """transformers' small LFM3, likewise."""
+    values = _SMALL_LFM3 | overrides
+    return _seeded(Lfm3ForCausalLM(Lfm3Config(**values, num_hidden_layers=len(values["layer_types"]))), seed)
+
+
+def _seeded(model: PreTrainedModel, seed: int) -> Any:
+    """Weights large enough that every layer moves the logits."""
     generator = torch.Generator().manual_seed(seed)
-    model = Lfm2ForCausalLM(hf_config(**overrides)).eval()
+    model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -93,7 +134,14 @@ def save_checkpoint(directory: Path, *, dtype: torch.dtype = torch.float32, max_
 
     tokenizer: write a ChatML tokenizer as well, where the vocabulary is large enough for one
     """
-    model = hf_model(seed=seed, **lfm2_config_overrides).to(dtype)
+    return save_model(directory, hf_model(seed=seed, **lfm2_config_overrides), dtype=dtype,
+                      max_shard_size=max_shard_size, tokenizer=tokenizer)
+
+
+def save_model(directory: Path, model: PreTrainedModel, *, dtype: torch.dtype = torch.float32,
+               max_shard_size: str | int | None = None, tokenizer: bool = True) -> Path:
+    """The same of a model that is there already."""
+    model = model.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(directory, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     if tokenizer and model.config.vocab_size >= SMALLEST_VOCABULARY:

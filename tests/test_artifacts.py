@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from lfm_edge import export, open_bundle
+from lfm_edge.calibration.kv_scales import read_kv_scales
+from lfm_edge.calibration.quantize import quantize_checkpoint
 from lfm_edge.errors import ContextFull
-from lfm_edge.generation import generate
 from lfm_edge.harness.quality import read_tasks
-from lfm_edge.quantization.calibration import read_kv_scales
-from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.session.generation import generate
 from lfm_edge.targets import TARGETS
 from runtimes.reference import ReferenceSession
 from tests.helpers import ALL_AT_ONCE, AWKWARD, TINY, assert_verified, save_checkpoint
@@ -79,7 +79,7 @@ def test_a_step_writes_its_own_rows_of_the_caches_and_no_others(awkward_bundle):
     session.decode(6)
     for tensor, cache in zip(session.spec.tensors, session.state, strict=True):
         if tensor.kind in ("key", "value"):
-            assert all(tensor.filled(cache, 4).select(tensor.axis, row).any() for row in range(4))
+            assert all(tensor.kept(cache, 4).select(tensor.axis, row).any() for row in range(4))
             assert not cache.narrow(tensor.axis, 4, session.spec.context - 4).any()
 
 

@@ -12,20 +12,20 @@ import torch
 from rich.console import Console
 
 from lfm_edge import export, open_bundle
-from lfm_edge.baking import BAKED_PROMPT_FILE, SystemPrompt, bake
-from lfm_edge.bundle import Bundle, Manifest, new_bundle, weights_digest
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.bundle.baking import BAKED_PROMPT_FILE, SystemPrompt, bake
+from lfm_edge.bundle.bundle import Bundle, Manifest, new_bundle, weights_digest
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, ExportError, LfmEdgeError
-from lfm_edge.generation import Chat, generate
 from lfm_edge.harness import parity
 from lfm_edge.harness.baked import FirstTokenTimes, baked_agreement, first_token_times
 from lfm_edge.harness.bench import Settings, bench
 from lfm_edge.harness.bench_tables import bench_tables
 from lfm_edge.harness.verify import verify
 from lfm_edge.progress import Progress
-from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.saved import Origin, SavedSession
-from lfm_edge.tokenizer import TextTokenizer
+from lfm_edge.session.generation import Chat, generate
+from lfm_edge.session.saved import Origin, SavedSession
 from runtimes.reference import ReferenceSession
 from tests.helpers import TINY, fill_bundle, lfm_edge, save_checkpoint
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lfm_edge import cli
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import ContextFull, LfmEdgeError
 from lfm_edge.harness import limit, memory
 from lfm_edge.harness.bench import SCHEMA, Settings, Subject, bench
@@ -18,8 +18,8 @@ from lfm_edge.harness.memory import Memory, parse_bytes, read_memory, reset_peak
 from lfm_edge.harness.roofline import read_bandwidth
 from lfm_edge.harness.round import FILL, PROMPT, Moment, OverTheLimit, Plan, Point, Round, run_round
 from lfm_edge.harness.stats import Ratio, Spread
-from lfm_edge.session import Session
-from lfm_edge.state import StateSpec, StateTensor
+from lfm_edge.session.session import Session
+from lfm_edge.session.state import StateSpec, StateTensor
 from tests.helpers import fill_bundle, lfm_edge
 
 MB = 10**6
@@ -118,13 +118,13 @@ def test_decode_is_held_against_the_bandwidth_beside_its_round(tiny_bundle, made
         [2 * point.step_bytes / 6e9, 3 * point.step_bytes / 2e9])
 
 
-def test_over_the_budget_exits_with_1_and_advice(tiny_bundle, made_up, monkeypatch, capsys):
+def test_over_the_budget_exits_with_1_and_advice(tiny_bundle, made_up, monkeypatch, capfd):
     """The cache is what can shrink enough, and what is said."""
     monkeypatch.setattr(sys, "argv", ["lfm-edge", "bench", str(tiny_bundle.directory), "--repeat", "1",
                                       "--prompt-tokens", "500", "--budget", "39.5MB", "--json", "-"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    output = capsys.readouterr()
+    output = capfd.readouterr()
     assert end.value.code == 1
     line = output.err.splitlines()[-1]
     assert "peak memory 40.0 MB is over the budget of 39.5 MB; most of it: the runtime's own" in line
@@ -134,7 +134,7 @@ def test_over_the_budget_exits_with_1_and_advice(tiny_bundle, made_up, monkeypat
     assert raw["command"].startswith("lfm-edge bench ")
 
 
-def test_a_budget_that_only_the_full_context_breaks_is_broken(tiny_bundle, made_up, monkeypatch, capsys):
+def test_a_budget_that_only_the_full_context_breaks_is_broken(tiny_bundle, made_up, monkeypatch, capfd):
     """40 MB were measured with 10 positions filled; the cache of the other 1,014 takes some more."""
     state = tiny_bundle.manifest.state
     rest = state.nbytes_of(conv=False) * (state.context - 10) // state.context
@@ -145,7 +145,7 @@ def test_a_budget_that_only_the_full_context_breaks_is_broken(tiny_bundle, made_
                                       "--generate-tokens", "2", "--budget", str(40 * MB + rest - 1), "--json", "-"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    output = capsys.readouterr()
+    output = capfd.readouterr()
     assert end.value.code == 1
     line = output.err.splitlines()[-1]
     assert "peak memory 40.0 MB with 10 positions filled grows to" in line
@@ -221,7 +221,7 @@ def test_without_control_groups_the_limit_is_rlimit_data(plan, monkeypatch):
 
 def test_a_bundle_for_another_machine_is_not_measured(tmp_path, made_up, monkeypatch):
     monkeypatch.setattr("lfm_edge.targets.sys.platform", "linux")
-    fill_bundle(tmp_path, target="mlx-q4")
+    fill_bundle(tmp_path, target="mlx-q4", name="model.safetensors")
     result = bench([Bundle.open(tmp_path)])
     assert made_up == [] and result.benchmarks == () and result.passed
     assert result.not_measured[0].reason.endswith("Run this command there")
@@ -233,14 +233,14 @@ def test_a_bundle_for_another_machine_is_not_measured(tmp_path, made_up, monkeyp
     (("--budget", "1GB"), "the budget of 1,000.0 MB was not checked"),
     (("--memory-limit", "900MB"), "the memory limit of 900.0 MB was not checked"),
     (("--budget", "1GB", "--memory-limit", "900MB"), "the memory limit of 900.0 MB were not checked")], ids=str)
-def test_a_budget_that_nobody_has_checked_is_not_met(tmp_path, made_up, monkeypatch, capsys, options, asked):
+def test_a_budget_that_nobody_has_checked_is_not_met(tmp_path, made_up, monkeypatch, capfd, options, asked):
     monkeypatch.setattr("lfm_edge.targets.sys.platform", "linux")
     monkeypatch.setattr("lfm_edge.harness.bench._Run.warm_up", lambda run: None)
-    fill_bundle(tmp_path, target="mlx-q4")
+    fill_bundle(tmp_path, target="mlx-q4", name="model.safetensors")
     monkeypatch.setattr(sys, "argv", ["lfm-edge", "bench", str(tmp_path), *options, "--json", "-"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    output = capsys.readouterr()
+    output = capfd.readouterr()
     line, = output.err.splitlines()[-1:]
     assert end.value.code == 1
     assert line.startswith(f"{tmp_path}: not measured, so the ") and asked in line

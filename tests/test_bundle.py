@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lfm_edge.bundle import Bundle, Manifest, new_bundle, open_bundle
+from lfm_edge.bundle.bundle import Bundle, Manifest, new_bundle, open_bundle
 from lfm_edge.errors import BundleError, ConfigError, ExportError
 from tests.helpers import contents, fill_bundle
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from lfm_edge import cli
-from lfm_edge.session import Session
+from lfm_edge.session.session import Session
 
 
 class Typed:

@@ -11,10 +11,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import Lfm2ForCausalLM
 
-import lfm_edge.checkpoint
 from lfm_edge import export
-from lfm_edge.bundle import Bundle
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.checkpoint import checkpoint as module
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import CheckpointError, ConfigError
 from tests.helpers import AWKWARD, fill_bundle, hf_model, save_checkpoint
 
@@ -179,7 +179,7 @@ def test_a_head_that_differs_from_the_embedding_is_kept_whatever_config_says(che
         head[row, 5] += 1e-6
         return head
 
-    monkeypatch.setattr(lfm_edge.checkpoint, "_ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 100)
     store_head(checkpoint, other)
     opened = open_checkpoint(checkpoint)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from lfm_edge import cli
-from lfm_edge.bundle import new_bundle
+from lfm_edge.bundle.bundle import new_bundle
 from tests.helpers import REPO, TINY, contents, fill_bundle, lfm_edge
 
 COMMANDS = ("targets", "export", "inspect", "verify", "sensitivity", "bench", "report", "generate", "chat")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import ConfigError
 from tests.helpers import AWKWARD, TINY, hf_config
 

@@ -10,13 +10,13 @@ import torch
 from coremltools.proto import MIL_pb2
 
 from lfm_edge import export
-from lfm_edge.bundle import Bundle
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.tokenizer import write_chatml_tokenizer
 from lfm_edge.errors import BundleError, ExportError, LfmEdgeError
 from lfm_edge.harness.verify import verify
-from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.tokenizer import write_chatml_tokenizer
 from runtimes import coreml as runtime
 from runtimes.mil import MilProgram
 from runtimes.reference import ReferenceSession

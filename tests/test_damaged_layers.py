@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from lfm_edge import export
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.calibration.gptq import MOST_TOKENS, WINDOW
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.calibration.sample import TEXT, prompt_windows, prompts_in
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.harness.rounding import check_rounding, error_share
 from lfm_edge.harness.verify import verify
 from lfm_edge.quantization import rounding
-from lfm_edge.quantization.calibration import MOST_TOKENS, WINDOW
 from lfm_edge.quantization.recipe import GPTQ, NEAREST, Scheme, recipe
-from lfm_edge.quantization.rounding import quantize, quantize_checkpoint
+from lfm_edge.quantization.rounding import quantize
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.sample import TEXT, prompt_windows, prompts_in
 from lfm_edge.targets import TARGETS
-from lfm_edge.tokenizer import TextTokenizer
 from tests.helpers import TINY
 
 CONFIG = open_checkpoint(TINY).config
@@ -140,7 +141,7 @@ def damaged(monkeypatch):
             return {name: DAMAGE[damage](weight) if name.startswith(f"model.layers.{layer}.")
                     and isinstance(weight, QuantizedTensor) else weight for name, weight in found.items()}
 
-        for module in ("lfm_edge.exporting", "lfm_edge.harness.verify"):
+        for module in ("lfm_edge.bundle.export", "lfm_edge.harness.verify"):
             monkeypatch.setattr(f"{module}.quantize_checkpoint", quantize_wrong)
 
     return call

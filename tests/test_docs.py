@@ -92,6 +92,21 @@ def test_no_version_of_a_phone_s_package_is_named_that_may_not_be_published():
     assert not re.search(r"onnxruntime-android:\d", (REPO / "docs/onnx.md").read_text())
 
 
+# --- the structure ------------------------------------------------------------------------------------------------
+
+
+def test_the_tower_in_the_docs_is_the_one_that_lint_holds():
+    page = (REPO / "docs/architecture.md").read_text()
+    floors = re.search(r"^## The tower\n.*?^```\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[1].splitlines()
+    shown = [re.split(r" {3,}", floor)[0].split() for floor in floors]
+    contracts = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    held = [[module.strip().replace(".", "/") for module in layer.split("|")] for layer in layers]
+    assert [[name.removesuffix(".py") for name in floor] for floor in shown] == held
+    inside = {f"lfm_edge/{path.stem}" for path in (REPO / "lfm_edge").iterdir() if not path.name.startswith("_")}
+    assert inside == {name for floor in held for name in floor if name.startswith("lfm_edge/")}
+
+
 # --- the workflow of docs/ci.md -----------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from executorch.extension.pybindings import portable_lib
 from exporters import executorch
 from lfm_edge import export
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.generation import generate
+from lfm_edge.session.generation import generate
 from tests.helpers import ALL_AT_ONCE, TINY, assert_verified, reads_proc, resident, save_checkpoint
 
 
@@ -35,7 +35,7 @@ def internal_bundle(tmp_path_factory):
 def test_no_page_of_a_large_embedding_stays_mapped_after_a_step(kept, request, monkeypatch):
     bundle = request.getfixturevalue(kept)
     assert not bundle.session().table.ranges  # a small one is left alone
-    monkeypatch.setattr("lfm_edge.mapped.WORTH_FORGETTING", 1)
+    monkeypatch.setattr("lfm_edge.backends.mapped.WORTH_FORGETTING", 1)
     session = bundle.session()
     assert session.table.ranges
     first = session.prefill(list(range(5, 69)))
@@ -48,7 +48,7 @@ def test_no_page_of_a_large_embedding_stays_mapped_after_a_step(kept, request, m
 
 @reads_proc
 def test_a_session_never_touches_what_another_has_mapped(awkward_bundle, monkeypatch):
-    monkeypatch.setattr("lfm_edge.mapped.WORTH_FORGETTING", 1)
+    monkeypatch.setattr("lfm_edge.backends.mapped.WORTH_FORGETTING", 1)
     first, second = awkward_bundle.session(), awkward_bundle.session()
     assert first.table.ranges and second.table.ranges
     assert not set(first.table.ranges) & set(second.table.ranges)

@@ -14,17 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm_edge import sandbox
-from lfm_edge.bundle import Manifest, open_bundle
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.bundle.bundle import Manifest, open_bundle
+from lfm_edge.calibration.gptq import read_windows
+from lfm_edge.calibration.sample import read_tasks
+from lfm_edge.checkpoint import sandbox
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.tokenizer import CHATML_TEMPLATE, TextTokenizer
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.tables import bundle_table
-from lfm_edge.quantization.calibration import read_windows
 from lfm_edge.quantization.recipe import MixedBits
-from lfm_edge.sample import read_tasks
-from lfm_edge.saved import Origin, SavedSession
-from lfm_edge.state import Snapshot
-from lfm_edge.tokenizer import CHATML_TEMPLATE, TextTokenizer
+from lfm_edge.session.saved import Origin, SavedSession
+from lfm_edge.session.state import Snapshot
 from tests.helpers import fill_bundle, save_checkpoint
 from tests.untrusted_helpers import header_of, signed, with_header
 
@@ -240,7 +240,7 @@ def test_tasks_and_windows_and_recipes(tmp_path, examples):
 @runs
 def test_a_saved_session(bundle, tmp_path, examples):
     spec, path = Manifest.read(bundle).state, tmp_path / "saved"
-    state = Snapshot(spec, 2, tuple(tensor.filled(tensor.fresh(), 2) for tensor in spec.tensors), (5, 6))
+    state = Snapshot(spec, 2, tuple(tensor.kept(tensor.fresh(), 2) for tensor in spec.tensors), (5, 6))
     SavedSession(Origin("0" * 64), state, ({"role": "user", "content": "x"},)).write(path)
     original = path.read_bytes()
     header, data = header_of(original)

@@ -21,18 +21,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 import exporters.gguf as exporter
 import runtimes.llamacpp as runtime
 from lfm_edge import export, open_bundle, targets
-from lfm_edge.bundle import Bundle, weights_digest
-from lfm_edge.checkpoint import open_checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import Bundle, weights_digest
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import BundleError, ExportError, LfmEdgeError
 from lfm_edge.harness import parity
 from lfm_edge.harness.round import FILL, Plan, run_round
 from lfm_edge.harness.verify import verify
 from lfm_edge.quantization.activations import fake_quantize_blocks
 from lfm_edge.quantization.recipe import recipe
-from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.saved import Origin
+from lfm_edge.session.saved import Origin
 from runtimes.reference import ReferenceSession
 from tests.client_helpers import (
     CONVERSATION,

@@ -8,9 +8,9 @@ gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 
 from exporters.gguf import add_origin  # noqa: E402 - it needs gguf
 from lfm_edge import export  # noqa: E402
-from lfm_edge.config import ModelConfig  # noqa: E402
-from lfm_edge.exporting import ExportJob  # noqa: E402
-from lfm_edge.presets import PRESETS  # noqa: E402
+from lfm_edge.bundle.job import ExportJob  # noqa: E402
+from lfm_edge.checkpoint.config import ModelConfig  # noqa: E402
+from lfm_edge.checkpoint.presets import PRESETS  # noqa: E402
 from tests.helpers import save_checkpoint  # noqa: E402
 
 

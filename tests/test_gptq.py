@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from lfm_edge import export
-from lfm_edge.bundle import Bundle, weights_digest
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.bundle.bundle import Bundle, weights_digest
+from lfm_edge.calibration.gptq import DAMPING, Feedback, gptq, read_windows
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.calibration.sample import TEXT, prompt_windows, prompts_in, text_windows
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, ExportError
 from lfm_edge.harness.quality import compare
-from lfm_edge.quantization.calibration import read_windows
-from lfm_edge.quantization.gptq import DAMPING, Feedback, gptq
 from lfm_edge.quantization.recipe import GPTQ, Recipe, Scheme, recipe
-from lfm_edge.quantization.rounding import quantize, quantize_checkpoint
-from lfm_edge.sample import TEXT, prompt_windows, prompts_in, text_windows
-from lfm_edge.state import StateSpec
+from lfm_edge.quantization.rounding import quantize
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import TARGETS
-from lfm_edge.tokenizer import TextTokenizer
 from runtimes.reference import ReferenceSession, float_weights
 from tests.client_helpers import tasks
 from tests.helpers import TINY, assert_verified, save_checkpoint

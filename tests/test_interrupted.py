@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lfm_edge import export
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.backends.npu import EMBEDDINGS, LOGITS, MASK, NpuSession
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.npu import EMBEDDINGS, LOGITS, MASK, NpuSession
-from lfm_edge.state import APPEND, StateSpec
+from lfm_edge.session.state import APPEND, StateSpec
 from lfm_edge.targets import TARGETS
 from runtimes.reference import ReferenceSession, float_weights
 from tests.helpers import REPO, save_checkpoint
@@ -26,7 +26,8 @@ STEPS = {"a long prefill": lambda session: session.prefill(LONG), "a decode": la
          "standing elsewhere": lambda session: session.stand_at(20)}
 SCORED = ["reference", "android", "onnx"]  # those that tell the logits of several tokens
 CANNOT_UNDO = {("android-internal", call) for call in STEPS} | {("gguf", "standing elsewhere")}
-WATCHED = {str(REPO / name) for name in ("lfm_edge/session.py", "lfm_edge/state.py", "lfm_edge/npu.py")} | {
+OURS = ("lfm_edge/session/session.py", "lfm_edge/session/state.py", "lfm_edge/backends/npu.py")
+WATCHED = {str(REPO / name) for name in OURS} | {
     str(path) for path in (REPO / "runtimes").glob("*.py") if not path.name.startswith("mil")}
 
 

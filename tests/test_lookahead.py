@@ -7,8 +7,8 @@ import pytest
 
 from lfm_edge import export
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.generation import Chat, generate
 from lfm_edge.harness.quality import read_tasks
+from lfm_edge.session.generation import Chat, generate
 from tests.helpers import TINY, example, lfm_edge
 
 

@@ -5,8 +5,8 @@ import mmap
 import numpy as np
 import pytest
 
-from lfm_edge import mapped
-from lfm_edge.mapped import MappedPages, loading
+from lfm_edge.backends import mapped
+from lfm_edge.backends.mapped import MappedPages, loading
 from tests.helpers import reads_proc, resident
 
 PAGES = 64

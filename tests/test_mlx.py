@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 import exporters.mlx as exporter
 import runtimes.mlx as runtime
 from lfm_edge import export
-from lfm_edge.bundle import Bundle
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.layers import ATTENTION
 from lfm_edge.errors import BundleError, ExportError
 from lfm_edge.harness.verify import verify
 from lfm_edge.model.lowering import rotary_angles
 from lfm_edge.quantization.recipe import recipe
-from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.quantization.tensor import QuantizedTensor
 from tests.helpers import ALL_AT_ONCE, AWKWARD, TINY, assert_verified, lfm_edge, save_checkpoint
 
@@ -186,7 +187,8 @@ def test_a_function_has_no_weights_and_constants_that_its_steps_share_once(bundl
     for name, array in mx.load(str(bundle.artifact)).items():
         if array.size > 256:
             assert np.array(array.view(mx.uint8)).tobytes() not in data, name
-    angles = rotary_angles(bundle.manifest.config, 256)[200].repeat(2)  # of one position
+    config = bundle.manifest.config
+    angles = rotary_angles(config.rotation(ATTENTION), config.head_dim, 256)[200].repeat(2)  # of one position
     rotation = torch.cat([angles.cos(), angles.sin()]).bfloat16().view(torch.uint8).numpy().tobytes()
     assert data.count(rotation) == 1
 

@@ -12,7 +12,7 @@ import pytest
 
 from exporters.mlx import unmet_by
 from lfm_edge import export
-from lfm_edge.generation import generate
+from lfm_edge.session.generation import generate
 from tests.client_helpers import (
     CONVERSATION,
     TEXTS,

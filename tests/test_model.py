@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.model.decoder import Decoder
-from lfm_edge.state import StateSpec
+from lfm_edge.session.state import StateSpec
 from tests.helpers import AWKWARD, hf_config, hf_model
 
 TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit

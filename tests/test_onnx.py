@@ -12,11 +12,11 @@ import pytest
 
 import exporters.onnx
 from lfm_edge import export
-from lfm_edge.bundle import Bundle
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import BundleError
 from lfm_edge.harness.verify import verify
-from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.quantization.tensor import QuantizedTensor
 from runtimes import onnxruntime as runtime
 from tests.helpers import ALL_AT_ONCE, TINY, lfm_edge, reads_proc, resident, save_checkpoint
@@ -139,7 +139,7 @@ def test_the_first_load_keeps_a_packed_graph_and_later_loads_read_it(bundle, cac
 @reads_proc
 def test_no_page_of_a_large_embedding_stays_mapped_after_a_step(bundle, cache, monkeypatch):
     assert not bundle.session().table.ranges  # a small one is left alone
-    monkeypatch.setattr("lfm_edge.mapped.WORTH_FORGETTING", 1)
+    monkeypatch.setattr("lfm_edge.backends.mapped.WORTH_FORGETTING", 1)
     session = bundle.session()
     data = (runtime.packed_directory(bundle) / "model.onnx_data").resolve()
     tokens = [1, *range(30, 61)]
@@ -153,7 +153,7 @@ def test_no_page_of_a_large_embedding_stays_mapped_after_a_step(bundle, cache, m
 
 @reads_proc
 def test_a_session_never_touches_what_another_has_mapped(bundle, cache, monkeypatch):
-    monkeypatch.setattr("lfm_edge.mapped.WORTH_FORGETTING", 1)
+    monkeypatch.setattr("lfm_edge.backends.mapped.WORTH_FORGETTING", 1)
     first, second = bundle.session(), bundle.session()
     assert first.table.ranges and second.table.ranges
     assert not set(first.table.ranges) & set(second.table.ranges)

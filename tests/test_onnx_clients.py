@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lfm_edge import export
-from lfm_edge.generation import generate
+from lfm_edge.session.generation import generate
 from tests.client_helpers import (
     CONVERSATION,
     TEXTS,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from lfm_edge import locks
-from lfm_edge.bundle import new_bundle, open_bundle
+from lfm_edge.bundle.bundle import new_bundle, open_bundle
 from lfm_edge.errors import ExportError
 from lfm_edge.files import replacing, write_text
 from tests.helpers import REPO, TINY, contents, fill_bundle, lfm_edge
@@ -226,7 +226,7 @@ def test_two_threads_write_one_file_and_the_last_one_stays_whole(tmp_path):
 EXPORT_UNTIL_KILLED = """
 import sys
 from pathlib import Path
-from lfm_edge.bundle import new_bundle
+from lfm_edge.bundle.bundle import new_bundle
 with new_bundle(Path(sys.argv[1]), force=True) as directory:
     (directory / "model.pte").write_bytes(b"half")
     print("writing", flush=True)
@@ -237,7 +237,7 @@ with new_bundle(Path(sys.argv[1]), force=True) as directory:
 SWAP_UNTIL_KILLED = """
 import sys
 from pathlib import Path
-from lfm_edge.bundle import new_bundle
+from lfm_edge.bundle.bundle import new_bundle
 rename = Path.rename
 def stop(self, target):
     if self.name == "new" and not target.exists():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lfm_edge import cached, export
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import BundleError
 from runtimes import onnxruntime as runtime
 from tests.helpers import lfm_edge, save_checkpoint

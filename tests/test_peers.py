@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from lfm_edge import cli, export
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.cached import SEAL
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.sources import remember
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.generation import generate
 from lfm_edge.harness.bench import LeftOut, Settings, bench
 from lfm_edge.harness.bench_tables import bench_tables, budget_lines
 from lfm_edge.harness.memory import Memory
@@ -22,9 +22,9 @@ from lfm_edge.harness.peers.building import prepare
 from lfm_edge.harness.peers.peer import PEER_FILE, Built, differences, scheme_line, traits_of
 from lfm_edge.harness.round import FILL, PROMPT, Moment, Plan, Point, Round, run_round
 from lfm_edge.quantization.recipe import Scheme, recipe
-from lfm_edge.sources import remember
-from lfm_edge.state import APPEND, StateSpec
-from lfm_edge.targets import reference_runtime
+from lfm_edge.session.generation import generate
+from lfm_edge.session.state import APPEND, StateSpec
+from runtimes import reference as torch_runtime
 from tests.client_helpers import tasks
 from tests.helpers import TINY, fill_bundle, lfm_edge, save_checkpoint
 
@@ -91,7 +91,7 @@ def likeness(some, others):
 
 def assert_is_the_model(session, checkpoint):
     """Its logits are the float32 model's but for 4 bits of rounding, which is far from losing a conv state."""
-    opened, torch_runtime = open_checkpoint(checkpoint), reference_runtime()
+    opened = open_checkpoint(checkpoint)
     reference = torch_runtime.ReferenceSession(opened.config, torch_runtime.float_weights(opened),
                                                StateSpec.of(opened.config, len(TEXT)))
     exact = logits_of(reference)

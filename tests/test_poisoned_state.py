@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lfm_edge import export
-from lfm_edge.checkpoint import open_checkpoint
-from lfm_edge.state import StateSpec
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.session.state import StateSpec
 from runtimes.reference import ReferenceSession, float_weights
 from tests.helpers import save_checkpoint
 

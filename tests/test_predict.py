@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from lfm_edge.bundle import Manifest
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.presets import PRESETS
 from lfm_edge.harness.predict import predict, remedies, stored_bytes
 from lfm_edge.harness.roofline import step_bytes
-from lfm_edge.presets import PRESETS
 from lfm_edge.quantization.recipe import Scheme, recipe
-from lfm_edge.state import StateSpec
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import Footprint, target_named
 
 MB = 10**6

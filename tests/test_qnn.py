@@ -11,21 +11,27 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from exporters import qnn as exporter
-from lfm_edge import export, htp
-from lfm_edge.bundle import Bundle
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge import export
+from lfm_edge.backends import htp
+from lfm_edge.backends.npu import NpuSession
+from lfm_edge.backends.socs import SOCS
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.calibration.kv_scales import read_kv_scales
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.calibration.ranges import Encoding
+from lfm_edge.calibration.sample import (
+    LEAST_CALIBRATION_TOKENS,
+    MOST_CALIBRATION_TOKENS,
+    calibration_tokens,
+    whole_chunks,
+)
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError
-from lfm_edge.generation import generate
 from lfm_edge.harness.quality import read_tasks
 from lfm_edge.harness.verify import verify
-from lfm_edge.npu import NpuSession
-from lfm_edge.quantization.calibration import read_kv_scales
-from lfm_edge.quantization.ranges import Encoding
-from lfm_edge.quantization.rounding import quantize_checkpoint
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.sample import LEAST_CALIBRATION_TOKENS, MOST_CALIBRATION_TOKENS, calibration_tokens, whole_chunks
-from lfm_edge.socs import SOCS
-from lfm_edge.tokenizer import TextTokenizer
+from lfm_edge.session.generation import generate
 from runtimes import qnn as runtime
 from runtimes.reference import ReferenceSession
 from tests.helpers import ALL_AT_ONCE, TINY, example, lfm_edge, save_checkpoint

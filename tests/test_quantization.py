@@ -6,11 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.layers import LINEAR, WeightEntry
 from lfm_edge.errors import ExportError
 from lfm_edge.quantization.activations import fake_quantize_rows
 from lfm_edge.quantization.recipe import Recipe, Scheme, recipe
-from lfm_edge.quantization.rounding import quantize, quantize_checkpoint, relative_error, round_to_nearest
+from lfm_edge.quantization.rounding import quantize, relative_error, round_to_nearest
 from lfm_edge.quantization.tensor import QuantizedTensor, WeightsFile
 from tests.helpers import TINY
 
@@ -128,7 +130,7 @@ def test_rows_are_quantized_independently():
 
 def test_a_group_size_that_does_not_divide_is_refused_with_the_weights_name():
     with pytest.raises(ExportError, match=r"w1\.weight: 96 columns are not a multiple of the group size 64"):
-        recipe(4, 64, 8, "int8 rows").scheme("model.layers.0.feed_forward.w1.weight", (10, 96))
+        recipe(4, 64, 8, "int8 rows").scheme("model.layers.0.feed_forward.w1.weight", WeightEntry((10, 96), LINEAR))
 
 
 def test_the_recipe_keeps_norms_and_convolutions_in_float_and_the_head_at_eight_bits():

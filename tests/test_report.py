@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm_edge import cli, export
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.bench import Settings, bench
 from lfm_edge.harness.devices import project

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import TextTokenizer, write_chatml_tokenizer
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.generation import Chat, generate, sample
-from lfm_edge.session import Session
-from lfm_edge.state import StateSpec
-from lfm_edge.tokenizer import TextTokenizer, write_chatml_tokenizer
+from lfm_edge.session.generation import Chat, generate, sample
+from lfm_edge.session.session import Session
+from lfm_edge.session.state import StateSpec
 from tests.helpers import hf_config
 
 OVERFLOWN = {

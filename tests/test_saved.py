@@ -15,14 +15,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lfm_edge.checkpoint import open_checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.generation import Chat, generate
-from lfm_edge.saved import _DIGEST_AT, _DIGEST_SIZE, Origin, SavedSession, _digest
-from lfm_edge.state import APPEND, Snapshot, StateSpec
-from lfm_edge.targets import StateLayout
-from lfm_edge.tokenizer import TextTokenizer
+from lfm_edge.session.generation import Chat, generate
+from lfm_edge.session.saved import _DIGEST_AT, _DIGEST_SIZE, Origin, SavedSession, _digest
+from lfm_edge.session.state import APPEND, Snapshot, StateLayout, StateSpec
 from runtimes.reference import ReferenceSession, float_weights
 from tests.helpers import REPO, hf_config, save_checkpoint
 
@@ -134,7 +133,7 @@ def test_the_file_is_plain_safetensors_with_only_what_is_filled(make_session, sa
     assert tensors.pop("tokens").tolist() == TOKENS
     spec = make_session().spec
     assert {name: tuple(value.shape) for name, value in tensors.items()} == {
-        tensor.name: tensor.filled_shape(len(TOKENS)) for tensor in spec.tensors}
+        tensor.name: tensor.kept_shape(len(TOKENS)) for tensor in spec.tensors}
 
 
 def test_the_same_session_gives_the_same_file(make_session, saved, file):
@@ -147,7 +146,7 @@ def test_the_same_session_gives_the_same_file(make_session, saved, file):
 GO_ON = """
 import sys
 from lfm_edge import open_bundle
-from lfm_edge.generation import generate
+from lfm_edge.session.generation import generate
 session = open_bundle(sys.argv[1]).session(threads=2)
 session.load(sys.argv[2])
 print(*generate(session, [40], max_tokens=12))
@@ -202,7 +201,7 @@ LAYOUTS = {
 
 def some_state(spec, position):
     generator = torch.Generator().manual_seed(position)
-    tensors = tuple(torch.randn(tensor.filled_shape(position), generator=generator).to(tensor.torch_dtype)
+    tensors = tuple(torch.randn(tensor.kept_shape(position), generator=generator).to(tensor.torch_dtype)
                     for tensor in spec.tensors)
     return Snapshot(spec, position, tensors, tuple(range(position)))
 
@@ -213,7 +212,7 @@ def test_every_layout_is_a_permutation_of_every_other(here, there, position):
     snapshot = some_state(LAYOUTS[here], position)
     moved = snapshot.converted(LAYOUTS[there])
     assert [value.shape for value in moved.tensors] == [
-        tensor.filled_shape(position) for tensor in LAYOUTS[there].tensors]
+        tensor.kept_shape(position) for tensor in LAYOUTS[there].tensors]
     back = moved.converted(LAYOUTS[here])
     assert back.tokens == snapshot.tokens
     assert all(torch.equal(a, b) for a, b in zip(snapshot.tensors, back.tensors, strict=True))

@@ -6,8 +6,11 @@ import json
 import pytest
 import torch
 
-from lfm_edge.checkpoint import open_checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.calibration.sample import text_windows
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import ExportError, LfmEdgeError
 from lfm_edge.harness.quality import compare
 from lfm_edge.harness.sensitivity import (
@@ -21,12 +24,9 @@ from lfm_edge.harness.sensitivity import (
     recipe_bytes,
     whole,
 )
-from lfm_edge.quantization.recipe import EMBEDDING, HEAD, MixedBits, recipe
-from lfm_edge.quantization.rounding import quantize_checkpoint
+from lfm_edge.quantization.recipe import EMBEDDING, UNTIED_HEAD, MixedBits, recipe
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.sample import text_windows
-from lfm_edge.state import StateSpec
-from lfm_edge.tokenizer import TextTokenizer
+from lfm_edge.session.state import StateSpec
 from runtimes.reference import ReferenceSession, float_weights
 from tests.client_helpers import tasks
 from tests.helpers import ALL_AT_ONCE, TINY, hf_config, lfm_edge, save_checkpoint
@@ -77,7 +77,7 @@ def test_parts_are_all_quantized_weights_once_and_those_of_one_input_are_togethe
     assert sorted(names) == sorted(name for name, shape in config.weight_shapes().items() if len(shape) == 2)
     together = [{name.split(".", 3)[-1] for name in part} for part in parts if len(part) > 1]
     feed_forward = {"feed_forward.w1.weight", "feed_forward.w3.weight"}
-    assert together == [{EMBEDDING.split(".", 3)[-1], HEAD.split(".", 3)[-1]}, feed_forward,
+    assert together == [{EMBEDDING.split(".", 3)[-1], UNTIED_HEAD.split(".", 3)[-1]}, feed_forward,
                         {f"self_attn.{part}_proj.weight" for part in "qkv"}, feed_forward]
 
 
@@ -85,7 +85,7 @@ def test_the_bytes_are_those_of_codes_and_two_byte_scales(tiny):
     for made in (recipe(4, 32, 8, "float"), recipe(8, 32, 4, "float"),
                  recipe(4, 128, 8, "float", mixed={"model.layers.3.feed_forward.w2.weight": 8})):
         weights = quantize_checkpoint(tiny, made).values()
-        assert recipe_bytes(made, tiny.config.weight_shapes()) == sum(
+        assert recipe_bytes(made, tiny.config.weights()) == sum(
             w.ints.numel() * w.bits // 8 + 2 * w.scales.numel() if isinstance(w, QuantizedTensor) else 4 * w.numel()
             for w in weights)
 
@@ -101,7 +101,7 @@ def test_under_the_size_of_uniform_groups_of_32_a_mix_loses_a_third_less(tiny):
     """Larger groups and 8 bits where they matter most; on text that the choice was not made on."""
     ours, others = conversations(tasks(each=60)[::2]), conversations(tasks(each=60)[1::2])[:12]
     uniform = recipe(4, 32, 8, "float")
-    size = recipe_bytes(uniform, tiny.config.weight_shapes())
+    size = recipe_bytes(uniform, tiny.config.weights())
     bits = choose(measure(tiny, ours[:6], 64), size)
     mixed = whole(tiny, bits, others)
     assert mixed.nbytes <= size
@@ -110,7 +110,7 @@ def test_under_the_size_of_uniform_groups_of_32_a_mix_loses_a_third_less(tiny):
 
 def test_a_tenth_more_bytes_save_half_of_what_4_bits_cost(tiny, found):
     uniform = recipe(4, 32, 8, "float")
-    size = recipe_bytes(uniform, tiny.config.weight_shapes())
+    size = recipe_bytes(uniform, tiny.config.weights())
     others = conversations(tasks(each=60)[1::2])[:12]
     mixed = whole(tiny, choose(found, int(1.1 * size)), others)
     assert mixed.nbytes <= 1.1 * size

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import ContextFull, LfmEdgeError
-from lfm_edge.generation import generate, sample
 from lfm_edge.harness.memory import read_memory
-from lfm_edge.session import Session
-from lfm_edge.state import StateSpec, StateTensor
+from lfm_edge.session.generation import generate, sample
+from lfm_edge.session.session import Session
+from lfm_edge.session.state import StateSpec, StateTensor
 from runtimes.reference import ReferenceSession, float_weights
 from tests.helpers import save_checkpoint
 

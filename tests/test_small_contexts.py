@@ -9,8 +9,8 @@ from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.bench import Settings, Subject
 from lfm_edge.harness.parity import PHASES, run_phases
 from lfm_edge.harness.round import measure_round
-from lfm_edge.session import Session
-from lfm_edge.state import StateSpec
+from lfm_edge.session.session import Session
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import TARGETS
 from tests.helpers import assert_verified, lfm_edge, save_checkpoint
 

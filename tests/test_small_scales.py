@@ -5,11 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lfm_edge import export
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.calibration.gptq import Feedback, gptq
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import ExportError
-from lfm_edge.quantization.gptq import Feedback, gptq
 from lfm_edge.quantization.recipe import Scheme, recipe
-from lfm_edge.quantization.rounding import quantize, quantize_checkpoint, quantize_weight, relative_error
+from lfm_edge.quantization.rounding import quantize, quantize_weight, relative_error
 from lfm_edge.targets import target_named
 from tests.helpers import save_checkpoint
 

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import ExportError
 from lfm_edge.model.static import StaticLowering, StaticProgram
 from lfm_edge.quantization.recipe import recipe
-from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.state import APPEND, StateSpec
-from lfm_edge.targets import StateLayout
+from lfm_edge.session.state import APPEND, StateLayout, StateSpec
 from runtimes.reference import ReferenceSession, float_weights
 from tests.helpers import ALL_AT_ONCE, AWKWARD, save_checkpoint
 

@@ -9,11 +9,11 @@ from executorch.extension.pybindings import portable_lib
 from transformers import GenerationConfig, Lfm2ForCausalLM
 
 from lfm_edge import export
-from lfm_edge.bundle import open_bundle
-from lfm_edge.checkpoint import open_checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import open_bundle
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.generation import generate
+from lfm_edge.session.generation import generate
 from tests.helpers import TINY, save_checkpoint
 
 ABSENT = object()

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from lfm_edge.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.tokenizer import SPECIAL_TOKENS, TextTokenizer, chatml_tokenizer, write_chatml_tokenizer
 from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.tokenizer import SPECIAL_TOKENS, TextTokenizer, chatml_tokenizer, write_chatml_tokenizer
 from tests.helpers import save_checkpoint
 
 SIZES = (272, 300, 65_536)

@@ -10,12 +10,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from lfm_edge import cli
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import SPECIAL_TOKENS, TextTokenizer, write_chatml_tokenizer
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.generation import Chat, generate, read_tools, text_pieces
-from lfm_edge.session import Session
-from lfm_edge.state import StateSpec
-from lfm_edge.tokenizer import SPECIAL_TOKENS, TextTokenizer, write_chatml_tokenizer
+from lfm_edge.session.generation import Chat, generate, read_tools, text_pieces
+from lfm_edge.session.session import Session
+from lfm_edge.session.state import StateSpec
 from tests.helpers import fill_bundle, hf_config
 
 CALL = '<|tool_call_start|>[weather(city="Oslo")]<|tool_call_end|>'
@@ -194,7 +194,7 @@ def talk(tmp_path, monkeypatch, capfd):
     before = signal.getsignal(signal.SIGTERM)
 
     def run(lines, *answers, options=(), template=TEMPLATE):
-        from lfm_edge.bundle import Bundle
+        from lfm_edge.bundle.bundle import Bundle
 
         bundle = tmp_path / "bundle"
         bundle.mkdir()

@@ -9,19 +9,21 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from lfm_edge import open_bundle, sample, sandbox
-from lfm_edge.bundle import Bundle, Manifest
-from lfm_edge.checkpoint import RandomCheckpoint, open_checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge import open_bundle
+from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.bundle.manifest_checks import check_manifest
+from lfm_edge.calibration import sample
+from lfm_edge.checkpoint import sandbox
+from lfm_edge.checkpoint.checkpoint import RandomCheckpoint, open_checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.sources import place_of, remember
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, CheckpointError, LfmEdgeError
 from lfm_edge.harness.quality import read_tasks
-from lfm_edge.manifest_checks import check_manifest
 from lfm_edge.quantization.recipe import recipe
-from lfm_edge.saved import Origin, SavedSession
-from lfm_edge.sources import place_of, remember
-from lfm_edge.state import Snapshot, StateSpec
+from lfm_edge.session.saved import Origin, SavedSession
+from lfm_edge.session.state import Snapshot, StateSpec
 from lfm_edge.targets import TARGETS
-from lfm_edge.tokenizer import TextTokenizer
 from tests.helpers import AWKWARD, REPO, TINY, fill_bundle, hf_config, lfm_edge
 from tests.untrusted_helpers import COMMIT, in_hub_cache, rewrite_state
 
@@ -179,7 +181,7 @@ def test_inspect_prints_what_a_manifest_says_as_it_is(bundle):
 ])
 def test_a_saved_session_allocates_nothing_that_it_only_says(bundle, tmp_path, change, complaint):
     spec, path = Manifest.read(bundle).state, tmp_path / "saved"
-    empty = Snapshot(spec, 0, tuple(tensor.filled(tensor.fresh(), 0) for tensor in spec.tensors))
+    empty = Snapshot(spec, 0, tuple(tensor.kept(tensor.fresh(), 0) for tensor in spec.tensors))
     SavedSession(Origin("0" * 64), empty).write(path)
     assert SavedSession.read(path).snapshot.spec == spec
 

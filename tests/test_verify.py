@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from lfm_edge import export
-from lfm_edge.bundle import Bundle, Manifest
-from lfm_edge.checkpoint import RandomCheckpoint, open_checkpoint
+from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.checkpoint.checkpoint import RandomCheckpoint, open_checkpoint
 from lfm_edge.errors import BundleError
 from lfm_edge.harness import parity
 from lfm_edge.harness.verify import COARSE_DRAWS, NOISE_DRAWS, _quality_limit, verify
 from lfm_edge.quantization.recipe import recipe
-from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.session import Session
+from lfm_edge.session.session import Session
 from lfm_edge.targets import TARGETS
 from tests.helpers import TINY, lfm_edge, save_checkpoint
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from lfm_edge import open_bundle
-from lfm_edge.generation import generate
+from lfm_edge.session.generation import generate
 
 PER_TASK = 2
 MAX_TOKENS = 48

@@ -12,8 +12,8 @@ import time
 from collections import defaultdict
 
 from lfm_edge import open_bundle
-from lfm_edge.generation import generate
 from lfm_edge.harness.quality import read_tasks
+from lfm_edge.session.generation import generate
 
 LENGTHS = (1, 2, 3, 4, 6, 8)
 LOOKAHEADS = (3, 7)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tasks import TASKS, Message, prompts
 
-from lfm_edge.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, TextTokenizer, chatml_tokenizer
+from lfm_edge.checkpoint.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, TextTokenizer, chatml_tokenizer
 
 PROMPT_WEIGHT = 0.02  # of tokens that nobody could predict, so that they have a sensible distribution too
 MARK, UNMARK = "\x01", "\x02"

@@ -44,8 +44,9 @@ from tasks import (
 from torch import nn
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from lfm_edge.config import ATTENTION, CONV, ModelConfig
-from lfm_edge.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import ATTENTION, CONV
+from lfm_edge.checkpoint.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
 
 HERE = Path(__file__).resolve().parent
 EVALUATION_SEED = 1_000_003

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.parity import Agreement, compare
 from lfm_edge.harness.stats import timed
-from lfm_edge.saved import SavedSession
-from lfm_edge.session import Logits, Session
+from lfm_edge.session.saved import SavedSession
+from lfm_edge.session.session import Logits, Session
 
 FOLLOWING = 8  # tokens that are put after the prompt, to see whether its state is right
 

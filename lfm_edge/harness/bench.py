@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lfm_edge.bundle import Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle, Manifest
 from lfm_edge.cores import usable_cores
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.baked import FirstTokenTimes
@@ -384,7 +384,7 @@ def _peers(races: Sequence[tuple[Peer, Bundle | None]], bundles: Sequence[Bundle
     """Each peer's artifacts for these bundles: one where what it can do comes to the same for all of them."""
     for peer, like in races:
         for bundle in [like] if like else bundles:
-            peer.arguments(bundle.manifest)  # raises before anything is built
+            peer.asked(bundle.manifest)  # raises before anything is built
     found = []
     for peer, like in races:
         built: dict[Path, tuple[Built, list[Bundle]]] = {}

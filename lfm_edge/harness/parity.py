@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lfm_edge.generation import generate
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import StateSpec
+from lfm_edge.session.generation import generate
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import Thresholds
 
 Steps = Sequence[Logits]

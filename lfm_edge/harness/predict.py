@@ -6,10 +6,10 @@ import itertools
 import math
 from dataclasses import dataclass, fields
 
-from lfm_edge.bundle import Manifest
-from lfm_edge.mapped import WORTH_FORGETTING
-from lfm_edge.quantization.recipe import EMBEDDING, HEAD, Scheme, recipe
-from lfm_edge.state import StateSpec
+from lfm_edge.backends.mapped import WORTH_FORGETTING
+from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.quantization.recipe import EMBEDDING, UNTIED_HEAD, Scheme, recipe
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import Footprint, target_named
 
 _FLOAT_BYTES = 4
@@ -55,13 +55,13 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
     config, footprint = manifest.config, target_named(manifest.target).footprint
     table = stored_bytes((config.vocab_size, config.hidden_size), manifest.recipe.head, footprint)
     copies = _tied_copies(manifest.recipe.head, footprint) - footprint.tied_in_file if config.tie_embedding else 0
-    packed = sum(footprint.packed_bytes * scale_count(shape, scheme)
-                 for name, shape in config.weight_shapes().items()
-                 if name != EMBEDDING and (scheme := manifest.recipe.scheme(name, shape)))
+    packed = sum(footprint.packed_bytes * scale_count(entry.shape, scheme)
+                 for name, entry in config.weights().items()
+                 if name != EMBEDDING and (scheme := manifest.recipe.scheme(name, entry)))
     return Prediction(
         filled=filled, weights=artifact_bytes - table + copies * table + packed,
         embedding=_embedding(table, manifest.prefill_chunk, footprint),
-        kv_cache=round(_cache_rows(manifest, filled) * _row_bytes(manifest.state)),
+        kv_cache=manifest.state.filled_bytes(_cache_rows(manifest, filled)),
         conv_state=manifest.state.nbytes_of(conv=True), activations=_activations(manifest),
         runtime=footprint.runtime_bytes)
 
@@ -87,8 +87,8 @@ def scale_count(shape: tuple[int, ...], scheme: Scheme) -> int:
 
 
 def _row_bytes(state: StateSpec) -> float:
-    """Bytes of the KV cache for each position."""
-    return state.nbytes_of(conv=False) / state.context
+    """Bytes that each position of the context takes, once the windows are full."""
+    return sum(tensor.nbytes / tensor.rows for tensor in state.tensors if tensor.is_cache and not tensor.window)
 
 
 def _cache_rows(manifest: Manifest, filled: int) -> int:
@@ -133,15 +133,16 @@ def _savings(manifest: Manifest, filled: int) -> dict[str, float]:
     """Bytes that each option saves."""
     config, target, bits = manifest.config, target_named(manifest.target), manifest.recipe
     found: dict[str, float] = {}
-    saved_row = _row_bytes(manifest.state) - _row_bytes(_with_int8_cache(manifest))
-    if "int8" in target.kv_dtypes and saved_row > 0:
-        found[_INT8_CACHE] = saved_row * _cache_rows(manifest, filled)
+    rows = _cache_rows(manifest, filled)
+    saved = manifest.state.filled_bytes(rows) - _with_int8_cache(manifest).filled_bytes(rows)
+    if "int8" in target.kv_dtypes and saved > 0:
+        found[_INT8_CACHE] = saved
     if bits.head.bits > 4:
         shape = (config.vocab_size, config.hidden_size)
         narrow = recipe(bits.body.bits, bits.body.group_size or 32, 4, bits.activations).head
         wide_bytes, narrow_bytes = (
             stored_bytes(shape, scheme, target.footprint)
-            * (_tied_copies(scheme, target.footprint) if config.tie_embedding else len((EMBEDDING, HEAD)))
+            * (_tied_copies(scheme, target.footprint) if config.tie_embedding else len((EMBEDDING, UNTIED_HEAD)))
             for scheme in (bits.head, narrow))
         if narrow_bytes < wide_bytes:
             found[_INT4_HEAD] = wide_bytes - narrow_bytes
@@ -154,7 +155,8 @@ def _tied_copies(scheme: Scheme, footprint: Footprint) -> int:
 
 
 def _with_int8_cache(manifest: Manifest) -> StateSpec:
-    return StateSpec.of(manifest.config, manifest.state.context, "int8", target_named(manifest.target).state_layout)
+    return StateSpec.of(manifest.config, manifest.state.context, "int8", target_named(manifest.target).state_layout,
+                        chunk=manifest.prefill_chunk)
 
 
 def _context_that_saves(excess: float, rows: int, row_bytes: float) -> int:

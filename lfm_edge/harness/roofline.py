@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from lfm_edge.bundle import Manifest
+from lfm_edge.bundle.bundle import Manifest
 from lfm_edge.harness.predict import scale_count, stored_bytes
 from lfm_edge.harness.stats import timed
 from lfm_edge.quantization.recipe import EMBEDDING
@@ -49,13 +49,12 @@ def step_bytes(manifest: Manifest, filled: float) -> int:
     config, footprint = manifest.config, target_named(manifest.target).footprint
     width = getattr(torch, manifest.compute_dtype).itemsize
     total = 0.0
-    for name, shape in config.weight_shapes().items():
-        scheme = manifest.recipe.scheme(name, shape)
+    for name, entry in config.weights().items():
+        shape, scheme = entry.shape, manifest.recipe.scheme(name, entry)
         if scheme is None:
             total += math.prod(shape) * width
         elif name != EMBEDDING or config.tie_embedding:
             total += stored_bytes(shape, scheme, footprint) + footprint.packed_bytes * scale_count(shape, scheme)
     if not config.tie_embedding:
         total += config.hidden_size * manifest.recipe.head.bits / 8
-    cache = manifest.state.nbytes_of(conv=False) * filled / manifest.state.context
-    return round(total + cache + manifest.state.nbytes_of(conv=True))
+    return round(total + manifest.state.filled_bytes(filled) + manifest.state.nbytes_of(conv=True))

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.calibration.sample import sample_tokens
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.baked import FirstTokenTimes, first_token_times
 from lfm_edge.harness.limit import MemoryLimit, memory_limit
@@ -22,9 +24,7 @@ from lfm_edge.harness.memory import Memory, forbid_locking, read_memory, reset_p
 from lfm_edge.harness.peers import PEERS
 from lfm_edge.harness.peers.peer import PEER_FILE, Built
 from lfm_edge.harness.stats import timed
-from lfm_edge.sample import sample_tokens
-from lfm_edge.session import Logits, Session
-from lfm_edge.tokenizer import TextTokenizer
+from lfm_edge.session.session import Logits, Session
 
 PROMPT, FILL = "prompt", "fill"
 _WINDOWS = 10  # of a sustained decode, at most; none is shorter than a second

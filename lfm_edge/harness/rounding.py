@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lfm_edge.checkpoint import Checkpoint
+from lfm_edge.checkpoint.checkpoint import Checkpoint
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.recipe import GPTQ
 from lfm_edge.quantization.rounding import relative_error

@@ -19,8 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lfm_edge.checkpoint import Checkpoint, open_checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge.calibration.sample import TEXT, prompt_windows, prompts_in, text_windows
+from lfm_edge.calibration.walk import Walk
+from lfm_edge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import LINEAR, WeightEntry
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_text
 from lfm_edge.harness.host import provenance
@@ -28,11 +32,8 @@ from lfm_edge.model.decoder import DecoderLayer
 from lfm_edge.model.lowering import Linears, Lowering, Weight
 from lfm_edge.model.weights import LayerWeights
 from lfm_edge.progress import Progress
-from lfm_edge.quantization.recipe import EMBEDDING, GROUP_SIZES, HEAD, MixedBits, Recipe, Scheme, recipe
+from lfm_edge.quantization.recipe import EMBEDDING, GROUP_SIZES, UNTIED_HEAD, MixedBits, Recipe, Scheme, recipe
 from lfm_edge.quantization.rounding import quantize
-from lfm_edge.quantization.walk import Walk
-from lfm_edge.sample import TEXT, prompt_windows, prompts_in, text_windows
-from lfm_edge.tokenizer import TextTokenizer
 
 SCHEMA = "lfm-edge/sensitivity/1"
 FLOAT = "float32"
@@ -125,13 +126,13 @@ def measure(checkpoint: Checkpoint, windows: Tensor, group_size: int = 32,
     windows: int64 [B, T], the text; group_size: of the 4-bit scales; progress: called after each layer
     Raises ExportError where the group size does not divide a weight's columns.
     """
-    shapes = checkpoint.config.weight_shapes()
+    entries = checkpoint.config.weights()
     four, eight = (recipe(bits, group_size, bits, "float") for bits in (4, 8))
     parts = decided_together(checkpoint.config)
     recipes = {"4": four, "8": eight} | {part: _with_four_bits(eight, part, four.body) for part in parts}
     found = divergences(checkpoint, recipes, windows, progress)
-    whole = {key: Whole(recipe_bytes(recipes[key], shapes), found[key]) for key in ("4", "8")}
-    costs = [Cost(part, found[part] - found["8"], whole["8"].nbytes - recipe_bytes(recipes[part], shapes))
+    whole = {key: Whole(recipe_bytes(recipes[key], entries), found[key]) for key in ("4", "8")}
+    costs = [Cost(part, found[part] - found["8"], whole["8"].nbytes - recipe_bytes(recipes[part], entries))
              for part in parts]
     return Sensitivity(checkpoint.source, windows.numel(), group_size, whole["8"], whole["4"], costs)
 
@@ -156,7 +157,7 @@ def choose(found: Sensitivity, most_bytes: int) -> MixedBits:
     _, large = max(best.values(), key=lambda entry: entry[0])
     bits = {name: 8 if cost in large else 4 for cost in found.costs for name in cost.weights}
     head = bits.pop(EMBEDDING)
-    bits.pop(HEAD, None)
+    bits.pop(UNTIED_HEAD, None)
     return MixedBits(found.group_size, head, bits)
 
 
@@ -165,7 +166,7 @@ def whole(checkpoint: Checkpoint, bits: MixedBits, windows: Tensor,
     """What a choice of bits takes and costs."""
     chosen = recipe(4, bits.group_size, bits.head_bits, "float", mixed=bits.linear_bits)
     found = divergences(checkpoint, {"chosen": chosen}, windows, progress)
-    return Whole(recipe_bytes(chosen, checkpoint.config.weight_shapes()), found["chosen"])
+    return Whole(recipe_bytes(chosen, checkpoint.config.weights()), found["chosen"])
 
 
 def divergences(checkpoint: Checkpoint, recipes: Mapping[Any, Recipe], windows: Tensor,
@@ -175,8 +176,8 @@ def divergences(checkpoint: Checkpoint, recipes: Mapping[Any, Recipe], windows: 
     windows: int64 [B, T]; progress: called after each layer
     """
     config = checkpoint.config
-    shapes = config.weight_shapes()
-    schemes = {FLOAT: dict.fromkeys(shapes)} | {key: made.schemes(shapes) for key, made in recipes.items()}
+    entries = config.weights()
+    schemes = {FLOAT: dict.fromkeys(entries)} | {key: made.schemes(entries) for key, made in recipes.items()}
     walk, lowering = Walk(config, windows), Lowering()
 
     def parted(names: Sequence[str], groups: list[tuple[list, Tensor]]) -> dict[tuple, list[tuple[list, Tensor]]]:
@@ -193,7 +194,7 @@ def divergences(checkpoint: Checkpoint, recipes: Mapping[Any, Recipe], windows: 
     for (scheme,), ((keys, _),) in parted([EMBEDDING], [(list(schemes), walk.windows)]).items():
         groups.append((keys, walk.embed({EMBEDDING: _rounded(table, scheme)})))
     for index in range(config.num_layers):
-        layer = {name: checkpoint.tensor(name) for name in shapes if name.startswith(f"model.layers.{index}.")}
+        layer = {name: checkpoint.tensor(name) for name in entries if name.startswith(f"model.layers.{index}.")}
         rounded = cache(lambda name, scheme, layer=layer: _rounded(layer[name], scheme))
         following = []
         for assignment, part in parted(list(layer), groups).items():
@@ -203,8 +204,9 @@ def divergences(checkpoint: Checkpoint, recipes: Mapping[Any, Recipe], windows: 
         groups = following
         progress()
     norm = lowering.norm(checkpoint.tensor("model.embedding_norm.weight").float(), config.norm_eps)
-    head = EMBEDDING if config.tie_embedding else HEAD
-    return _divergences(norm, head, table if config.tie_embedding else checkpoint.tensor(HEAD), parted([head], groups))
+    head = EMBEDDING if config.tie_embedding else UNTIED_HEAD
+    table = table if config.tie_embedding else checkpoint.tensor(head)
+    return _divergences(norm, head, table, parted([head], groups))
 
 
 def _divergences(norm: nn.Module, head: str, table: Tensor, parts: dict) -> dict[Any, float]:
@@ -228,31 +230,33 @@ def _rounded(weight: Tensor, scheme: Scheme | None) -> Weight:
     return weight.float() if scheme is None else quantize(weight, scheme)
 
 
-def recipe_bytes(made: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def recipe_bytes(made: Recipe, entries: Mapping[str, WeightEntry]) -> int:
     """Bytes of a model's weights: codes, scales of 2 bytes, and what stays in float32.
 
     What a target adds is not in it: its graph, scales of 4 bytes (ONNX), the embedding apart from the head (XNNPACK).
     """
     total = 0
-    for name, scheme in made.schemes(shapes).items():
-        count = torch.Size(shapes[name]).numel()
+    for name, scheme in made.schemes(entries).items():
+        shape = entries[name].shape
+        count = torch.Size(shape).numel()
         if scheme is None:
             total += 4 * count
         else:
-            total += count * scheme.bits // 8 + 2 * (count // (scheme.group_size or shapes[name][1]))
+            total += count * scheme.bits // 8 + 2 * (count // (scheme.group_size or shape[1]))
     return total
 
 
 def decided_together(config: ModelConfig) -> list[tuple[str, ...]]:
-    """The quantized weights of a model, in parts: those of one input, and the embedding with the head."""
-    shapes = config.weight_shapes()
-    parts: list[tuple[str, ...]] = [tuple(name for name in (EMBEDDING, HEAD) if name in shapes)]
-    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    """The weights that there is a choice of bits for, in parts: those of one input, and the embedding with the head."""
+    entries = config.weights()
+    parts: list[tuple[str, ...]] = [tuple(name for name in (EMBEDDING, UNTIED_HEAD) if name in entries)]
+    empty = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
     names = {id(weight): name for name, weight in empty.items()}
     for index, kind in enumerate(config.layer_types):
         lowering = _SharedInputs()
         DecoderLayer(LayerWeights(empty, f"model.layers.{index}", lowering), kind, config)
-        parts += [tuple(names[id(weight)] for weight in weights) for weights in lowering.found]
+        parts += [tuple(name for weight in weights if entries[name := names[id(weight)]].role == LINEAR)
+                  for weights in lowering.found]
     return parts
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from rich.markup import escape
 from rich.table import Table
 
-from lfm_edge.bundle import Bundle
+from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import one_line
 from lfm_edge.harness.parity import Agreement, Limits
 from lfm_edge.harness.rounding import RoundingCheck

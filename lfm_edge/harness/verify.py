@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm_edge.bundle import Bundle, weights_digest
-from lfm_edge.checkpoint import Checkpoint, RandomCheckpoint
+from lfm_edge.bundle.bundle import Bundle, weights_digest
+from lfm_edge.calibration.gptq import read_windows
+from lfm_edge.calibration.kv_scales import read_kv_scales
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.calibration.sample import sample_tokens, text_windows
+from lfm_edge.checkpoint.checkpoint import Checkpoint, RandomCheckpoint
 from lfm_edge.errors import BundleError
 from lfm_edge.files import read_text
 from lfm_edge.harness import parity, quality
@@ -18,12 +22,10 @@ from lfm_edge.harness.host import provenance
 from lfm_edge.harness.rounding import RoundingCheck, check_rounding
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
-from lfm_edge.quantization.calibration import read_kv_scales, read_windows
 from lfm_edge.quantization.recipe import GPTQ, Recipe
-from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.sample import sample_tokens, text_windows
-from lfm_edge.state import StateSpec
-from lfm_edge.targets import QUALITY_KL, RANDOM_QUALITY_KL, Thresholds, reference_runtime
+from lfm_edge.session.state import StateSpec
+from lfm_edge.targets import QUALITY_KL, RANDOM_QUALITY_KL, Thresholds
+from runtimes import reference as torch_runtime
 
 SCHEMA = "lfm-edge/verify/2"
 GREEDY_TOKENS = 24
@@ -168,7 +170,6 @@ def verify(bundle: Bundle, *, model: str | Path | None = None, threads: int | No
     del reference, logits
 
     progress.stage("run the float32 model", len(tasks) or None)
-    torch_runtime = reference_runtime()
     exact = torch_runtime.ReferenceSession(manifest.config, torch_runtime.float_weights(checkpoint),
                                            StateSpec.of(manifest.config, manifest.state.context))
     cost = quality.compare(windows, map(exact.score, windows), quantized_logits,
@@ -230,8 +231,8 @@ def quantized_weights(bundle: Bundle, checkpoint: Checkpoint, progress: Progress
 def quantized_reference(bundle: Bundle, weights: Weights) -> Any:
     """A session of the reference over these weights, in the bundle's state and with its target's roundings."""
     manifest = bundle.manifest
-    return reference_runtime().ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),
-                                                activations=manifest.recipe.activations)
+    return torch_runtime.ReferenceSession(manifest.config, weights, manifest.state.for_reference(manifest.config),
+                                          activations=manifest.recipe.activations)
 
 
 def _check_same_weights(bundle: Bundle, weights: Weights) -> None:

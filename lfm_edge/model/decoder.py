@@ -1,4 +1,4 @@
-"""The LFM2 decoder: embedding, layers of short convolution or attention, norm, head."""
+"""The decoder: embedding, layers of short convolution or attention, norm, head."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfm_edge.config import CONV, ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import ATTENTION, CONV, SLIDING
 from lfm_edge.model.attention import Attention
 from lfm_edge.model.lowering import Lowering
 from lfm_edge.model.short_conv import ShortConv
 from lfm_edge.model.weights import LayerWeights, Weights
-from lfm_edge.state import StateSpec
+from lfm_edge.session.state import StateSpec
 
 
 class FeedForward(nn.Module):
@@ -29,14 +30,20 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block: an operator (short convolution or attention), then a feed-forward."""
+    """Pre-norm residual block: an operator (short convolution or attention), then a feed-forward.
+
+    With sandwich norms, what each of them gives is normalized as well before it is added.
+    """
 
     def __init__(self, weights: LayerWeights, kind: str, config: ModelConfig) -> None:
         super().__init__()
         self.operator_norm = weights.norm("operator_norm", config.norm_eps)
-        self.operator = ShortConv(weights) if kind == CONV else Attention(weights, config)
+        self.operator = _OPERATORS[kind](weights, kind, config)
         self.ffn_norm = weights.norm("ffn_norm", config.norm_eps)
         self.feed_forward = FeedForward(weights)
+        self.post_operator_norm, self.post_ffn_norm = (
+            weights.norm(name, config.norm_eps) if config.sandwich_norms else nn.Identity()
+            for name in ("post_operator_norm", "post_ffn_norm"))
         self.last_tokens = weights.lowering.last_tokens()
 
     def forward(self, x: Tensor, place: Any, state: list[Tensor],
@@ -46,12 +53,17 @@ class DecoderLayer(nn.Module):
         scored: leave out all but so many last tokens, once the operator has mixed the others into them
         """
         out, state = self.operator(self.operator_norm(x), place, state)
-        x = x + out if scored is None else self.last_tokens(x + out, place, scored)
-        return x + self.feed_forward(self.ffn_norm(x)), state
+        x = x + self.post_operator_norm(out)
+        if scored is not None:
+            x = self.last_tokens(x, place, scored)
+        return x + self.post_ffn_norm(self.feed_forward(self.ffn_norm(x))), state
+
+
+_OPERATORS = {CONV: ShortConv, ATTENTION: Attention, SLIDING: Attention}
 
 
 class Decoder(nn.Module):
-    """An LFM2 model over an explicit state.
+    """A model over an explicit state.
 
     weights: every tensor of `config.weight_shapes()`, float32 or quantized
     state: the layout of the state (see `StateSpec`), which also fixes the context
@@ -70,7 +82,7 @@ class Decoder(nn.Module):
             for index, kind in enumerate(config.layer_types))
         self.embedding_norm = lowering.norm(weights["model.embedding_norm.weight"], config.norm_eps)
         self.lm_head = lowering.linear(head, None)
-        self.positions = lowering.positions(config, state.context)
+        self.positions = lowering.positions(config, state)
         self.state = state
         self.eval()
 

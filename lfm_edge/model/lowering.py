@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import CONV, Rotation
 from lfm_edge.quantization.activations import fake_quantize, rounding
 from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.session.state import StateSpec
 
 Weight = Tensor | QuantizedTensor
 
@@ -32,9 +34,9 @@ class Lowering:
     def __init__(self, activations: str = "float") -> None:
         self.activations = activations
 
-    def positions(self, config: ModelConfig, context: int) -> nn.Module:
+    def positions(self, config: ModelConfig, state: StateSpec) -> nn.Module:
         """position int64 [1] and a number of tokens -> where they stand, as `rotary` and `attention` want it"""
-        return Positions(config, context)
+        return Positions(config, state.context)
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         """[..., cols] -> [..., rows]"""
@@ -57,20 +59,21 @@ class Lowering:
         """RMSNorm over the last dimension"""
         return RMSNorm(weight, eps)
 
-    def rotary(self, head_dim: int) -> nn.Module:
-        """x [B, T, heads, D] and where it stands -> x rotated"""
-        return Rotary()
+    def rotary(self, head_dim: int, kind: str) -> nn.Module:
+        """x [B, T, heads, D] and where it stands -> x rotated, as layers of that kind do it"""
+        return Rotary(kind)
 
     def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """x [B, T, H], state [B, H, taps - 1], where the tokens stand -> y [B, T, H], next state"""
         return CausalConv(weight, bias)
 
-    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None, window: int) -> nn.Module:
         """query, key, value [B, T, heads, D], caches, where they stand -> [B, T, heads, D], next caches
 
         kv_scales: of an 8-bit cache with constant scales, float32 [kv_heads, D] of keys and of values
+        window: how many positions each token sees, itself among them; 0 for all before it
         """
-        return CachedAttention(scale, kv_scales)
+        return CachedAttention(scale, kv_scales, window)
 
     def last_tokens(self) -> nn.Module:
         """x [B, T, H], where the tokens stand, a count -> the last so many of them"""
@@ -89,12 +92,12 @@ def frozen(tensor: Tensor | None) -> nn.Parameter | None:
 class Place(NamedTuple):
     """Where the tokens of a step stand.
 
-    start: number of tokens before them; cos, sin: float32 [T, 1, D], the rotation of each
+    start: number of tokens before them
+    rotations: cos and sin, float32 [T, 1, D] each, of each token, by the kind of layer
     """
 
     start: int
-    cos: Tensor
-    sin: Tensor
+    rotations: dict[str, tuple[Tensor, Tensor]]
 
 
 class Positions(nn.Module):
@@ -102,10 +105,8 @@ class Positions(nn.Module):
 
     def __init__(self, config: ModelConfig, context: int) -> None:
         super().__init__()
-        angles = rotary_angles(config, context)
-        angles = torch.cat([angles, angles], dim=-1)  # [context, D]
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        self.tables = nn.ModuleDict({kind: RotaryTable(config.rotation(kind), config.head_dim, context)
+                                     for kind in attention_kinds(config)})
         self.context = context
 
     def forward(self, position: Tensor, length: int) -> Place:
@@ -113,18 +114,39 @@ class Positions(nn.Module):
         start = position.item()
         torch._check(start >= 0)
         torch._check(start + length <= self.context)
+        return Place(start, {kind: table(start, length) for kind, table in self.tables.items()})
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of every position."""
+
+    def __init__(self, rotation: Rotation, head_dim: int, context: int) -> None:
+        super().__init__()
+        angles = rotary_angles(rotation, head_dim, context)
+        angles = torch.cat([angles, angles], dim=-1)  # [context, D]
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """float32 [length, 1, D] each"""
         cos, sin = (table.narrow(0, start, length).unsqueeze(1) for table in (self.cos, self.sin))
-        return Place(start, cos, sin)
+        return cos, sin
 
 
-def rotary_angles(config: ModelConfig, context: int) -> Tensor:
+def attention_kinds(config: ModelConfig) -> list[str]:
+    """The kinds of layer with attention that a model has, each once."""
+    return list(dict.fromkeys(kind for kind in config.layer_types if kind != CONV))
+
+
+def rotary_angles(rotation: Rotation, head_dim: int, context: int) -> Tensor:
     """The angle of every position and frequency, float32 [context, D / 2].
 
     They are float32 products, as in the published implementation: a more exact table would be a different
     model at long contexts.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta ** exponents
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / rotation.theta ** exponents
+    frequencies[int(rotation.share * head_dim // 2):] = 0.0
     return torch.arange(context, dtype=torch.float32)[:, None] * frequencies
 
 
@@ -193,10 +215,15 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al., 2021) in the half-rotation layout."""
 
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
     def forward(self, x: Tensor, place: Place) -> Tensor:
         """x: float32 [B, T, heads, D] -> the same shape"""
+        cos, sin = place.rotations[self.kind]
         first, second = x.chunk(2, dim=-1)
-        return x * place.cos + torch.cat([-second, first], dim=-1) * place.sin
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class CausalConv(nn.Module):
@@ -230,12 +257,14 @@ class CachedAttention(nn.Module):
     8 bits as well, as kernels that multiply integers do.
 
     kv_scales: round what goes into float32 caches to 8 bits by these constant scales
+    window: how many positions each token sees, itself among them; 0 for all before it
     """
 
-    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None = None, window: int = 0) -> None:
         super().__init__()
         self.scale = scale
         self.kv_scales = kv_scales
+        self.window = window
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
                 place: Place) -> tuple[Tensor, list[Tensor]]:
@@ -252,15 +281,17 @@ class CachedAttention(nn.Module):
             state = [_written(cache, new, position) for cache, new in zip(state, rows, strict=True)]
             filled = [dequantize_rows(*(part[:, :end] for part in state[first:first + 3])) for first in (0, 3)]
             query = dequantize_rows(*quantize_rows(query))
-        return _attend(query, *filled, position, self.scale), state
+        return _attend(query, *filled, position, self.scale, self.window), state
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, position: int, scale: float) -> Tensor:
-    """Causal grouped-query attention of the rows from `position` on.
+def _attend(query: Tensor, key: Tensor, value: Tensor, position: int, scale: float, window: int) -> Tensor:
+    """Causal grouped-query attention of the rows from `position` on, through a window where that is not 0.
 
     query: float32 [B, T, heads, D]; key, value: float32 [B, position + T, kv_heads, D]
     """
     visible = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril(diagonal=position)
+    if window:
+        visible = visible.triu(diagonal=position - window + 1)
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
                                          attn_mask=visible, scale=scale, enable_gqa=True)  # [B, heads, T, D]
     return out.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The double-gated short convolution of LFM2 (LFM2 Technical Report, arXiv 2511.23404)."""
+"""The double-gated short convolution (LFM2 Technical Report, arXiv 2511.23404)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.model.weights import LayerWeights
 
 
@@ -15,12 +16,12 @@ class ShortConv(nn.Module):
     The state is the last `taps - 1` columns of `B * x`; a convolution of one tap has none.
     """
 
-    def __init__(self, weights: LayerWeights) -> None:
+    def __init__(self, weights: LayerWeights, kind: str, config: ModelConfig) -> None:
         super().__init__()
         self.in_proj = weights.split_linear("conv.in_proj", parts=3)
         self.conv = weights.lowering.causal_conv(weights.tensor("conv.conv.weight"), weights.optional("conv.conv.bias"))
         self.out_proj = weights.linear("conv.out_proj")
-        self.hidden_size = weights.tensor("conv.conv.weight").shape[0]
+        self.hidden_size = config.hidden_size
 
     def forward(self, x: Tensor, place: Any, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """x: float32 [B, T, H]; place: where the tokens stand; state: one [B, H, taps - 1], or none -> the same"""

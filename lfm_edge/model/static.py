@@ -21,13 +21,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.nn import functional as F
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import ATTENTION, SLIDING
 from lfm_edge.errors import ExportError
 from lfm_edge.model.decoder import Decoder
-from lfm_edge.model.lowering import Lowering, RMSNorm, Weight, frozen, rotary_angles
+from lfm_edge.model.lowering import Lowering, RMSNorm, Weight, attention_kinds, frozen, rotary_angles
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.tensor import QuantizedTensor, dequantize
-from lfm_edge.state import StateSpec
+from lfm_edge.session.state import StateSpec
 
 HIDDEN = -1e4  # added to the score of a position that is not seen: its exponential is 0 in every type
 
@@ -65,18 +66,19 @@ class Step(NamedTuple):
 class Place(NamedTuple):
     """What the layers need to know of a step; all of the program's type.
 
-    start: int32 [1], tokens before the step; cos, sin: [T, 1, D]
-    past_mask: [context], new_mask: [1, 1, G*T, T], added to scores; G query heads share a key head
-    conv_rows: [taps - 1, taps - 1 + T], chooses the next conv state; last_row: [1, T], the last valid token
-    is_valid: bool [T, 1], which tokens are no padding; the last three None where no step has any
+    start: int32 [1], tokens before the step; rotations: cos and sin, [T, 1, D] each, by the kind of layer
+    masks: added to scores, by the kind of layer: of the cache, [context] or [1, 1, G*T, window], and of the step's own
+        rows, [1, 1, G*T, T]; G query heads share a key head
+    conv_rows: [taps - 1, taps - 1 + T], chooses the next conv state; window_rows: [window, window + T], the next window
+    last_row: [1, T], the last valid token; is_valid: bool [T, 1], which tokens are no padding
+    The last four are None where no step has any.
     """
 
     start: Tensor
-    cos: Tensor
-    sin: Tensor
-    past_mask: Tensor
-    new_mask: Tensor
+    rotations: dict[str, tuple[Tensor, Tensor]]
+    masks: dict[str, tuple[Tensor, Tensor]]
     conv_rows: Tensor | None
+    window_rows: Tensor | None
     last_row: Tensor | None
     is_valid: Tensor | None
 
@@ -93,8 +95,8 @@ class StaticLowering(Lowering):
         self.length = length
         self.dtype = dtype
 
-    def positions(self, config: ModelConfig, context: int) -> nn.Module:
-        return Positions(config, context, self.length, self.dtype)
+    def positions(self, config: ModelConfig, state: StateSpec) -> nn.Module:
+        return Positions(config, state.context, self.length, self.dtype)
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         return QuantizedLinear(_quantized_only(weight), bias, self.dtype)
@@ -108,8 +110,8 @@ class StaticLowering(Lowering):
     def causal_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return ShiftedSum(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
-    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None) -> nn.Module:
-        return TwoPartAttention(scale)
+    def attention(self, scale: float, kv_scales: tuple[Tensor, Tensor] | None, window: int) -> nn.Module:
+        return WindowAttention(scale) if window else TwoPartAttention(scale)
 
     def last_tokens(self) -> nn.Module:
         return LastValidToken()
@@ -153,32 +155,64 @@ class Positions(nn.Module):
 
     def __init__(self, config: ModelConfig, context: int, length: int, dtype: torch.dtype) -> None:
         super().__init__()
-        angles = rotary_angles(config, context)
-        angles = torch.cat([angles, angles], dim=-1)  # [context, D]
-        # Two tables in one, because a lookup is dear where it leaves the accelerator.
-        self.register_buffer("rotations", torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        # Both tables in one, because a lookup is dear where it leaves the accelerator.
+        self.tables = nn.ParameterDict({kind: frozen(_rotations(config, kind, context).to(dtype))
+                                        for kind in attention_kinds(config)})
         self.register_buffer("offsets", torch.arange(length, dtype=torch.int32))
         self.register_buffer("columns", torch.arange(context, dtype=torch.int32))
         causal = torch.full((length, length), HIDDEN).triu(diagonal=1)
-        groups = config.num_attention_heads // config.num_key_value_heads
-        self.register_buffer("new_mask", causal.repeat(groups, 1)[None, None].to(dtype))
-        past = config.conv_taps - 1
-        self.register_buffer("conv_columns", torch.arange(past + length, dtype=torch.int32)[None])
-        self.register_buffer("conv_offsets", torch.arange(past, dtype=torch.int32)[:, None])
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.register_buffer("new_mask", self._grouped(causal.to(dtype)))
+        self.window = min(config.sliding_window, context) if SLIDING in config.layer_types else 0
+        if self.window:
+            beyond = torch.full((length, length), HIDDEN).tril(diagonal=-config.sliding_window)
+            self.register_buffer("new_window_mask", self._grouped((causal + beyond).to(dtype)))
+            ages = torch.arange(self.window, dtype=torch.int32).flip(0)  # 0 of the newest row, which stands last
+            seen = ages + 1 + torch.arange(length)[:, None] < config.sliding_window
+            self.register_buffer("window_mask", self._grouped(torch.where(seen, 0.0, HIDDEN).to(dtype)))
+            self.register_buffer("window_ages", ages)
+            self.register_buffer("window_columns", torch.arange(self.window + length, dtype=torch.int32)[None])
+            self.register_buffer("window_offsets", torch.arange(self.window, dtype=torch.int32)[:, None])
+        self.register_buffer("conv_columns", torch.arange(config.conv_taps - 1 + length, dtype=torch.int32)[None])
+        self.register_buffer("conv_offsets", torch.arange(config.conv_taps - 1, dtype=torch.int32)[:, None])
         self.dtype = dtype
 
     def forward(self, step: Step, length: int) -> Place:
         """step: where; length: tokens that the program takes, padding included"""
         last_position = self.columns.shape[0] - 1
         positions = (step.position + self.offsets).clamp(max=last_position)  # padding may lie behind the context
-        cos, sin = F.embedding(positions, self.rotations).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D]
-        unseen = (self.columns >= step.position).to(self.dtype) * HIDDEN  # [context]
+        rotations = {kind: F.embedding(positions, table).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D]
+                     for kind, table in self.tables.items()}
         if step.valid is None:
-            return Place(step.position, cos, sin, unseen, self.new_mask, None, None, None)
-        conv_rows = (self.conv_columns == self.conv_offsets + step.valid).to(self.dtype)
+            return Place(step.position, rotations, self._masks(step), None, None, None, None)
+        conv_rows = self._chosen(self.conv_columns, self.conv_offsets, step.valid)
+        window_rows = self._chosen(self.window_columns, self.window_offsets, step.valid) if self.window else None
         last_row = (self.offsets == step.valid - 1).to(self.dtype)[None]
         is_valid = (self.offsets < step.valid).unsqueeze(1)
-        return Place(step.position, cos, sin, unseen, self.new_mask, conv_rows, last_row, is_valid)
+        return Place(step.position, rotations, self._masks(step), conv_rows, window_rows, last_row, is_valid)
+
+    def _masks(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
+        unseen = (self.columns >= step.position).to(self.dtype) * HIDDEN  # [context]
+        masks = {ATTENTION: (unseen, self.new_mask)}
+        if self.window:
+            empty = (self.window_ages >= step.position).to(self.dtype) * HIDDEN  # [window]
+            masks[SLIDING] = (self.window_mask + empty, self.new_window_mask)
+        return masks
+
+    def _chosen(self, columns: Tensor, offsets: Tensor, valid: Tensor) -> Tensor:
+        """Rows of a unit matrix that choose, of columns, those from the number of valid tokens on."""
+        return (columns == offsets + valid).to(self.dtype)
+
+    def _grouped(self, mask: Tensor) -> Tensor:
+        """[T, columns] -> [1, 1, G*T, columns]"""
+        return mask.repeat(self.groups, 1)[None, None]
+
+
+def _rotations(config: ModelConfig, kind: str, context: int) -> Tensor:
+    """cos and sin of every position side by side, [context, 2 * D]"""
+    angles = rotary_angles(config.rotation(kind), config.head_dim, context)
+    angles = torch.cat([angles, angles], dim=-1)  # [context, D]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ShiftedSum(nn.Module):
@@ -228,25 +262,45 @@ class TwoPartAttention(nn.Module):
     The query heads that share a key head are rows of one product, so no key is copied for each of them.
     """
 
+    kind = ATTENTION
+
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, state: list[Tensor],
                 place: Place) -> tuple[Tensor, list[Tensor]]:
-        """query: [1, T, heads, D]; key, value: [1, T, kv_heads, D]; state: [1, kv_heads, context, D] each
+        """query: [1, T, heads, D]; key, value: [1, T, kv_heads, D]; state: [1, kv_heads, rows, D] each
 
-        Returns [1, T, heads, D], and the step's rows of the caches, [1, kv_heads, T, D] each.
+        Returns [1, T, heads, D], and what `next_state` makes of the step's rows, [1, kv_heads, T, D] each.
         """
         past_keys, past_values = state
+        past_mask, new_mask = place.masks[self.kind]
         query = grouped(query * self.scale, key.shape[2])
         key, value = (place.without_padding(rows.transpose(1, 2)) for rows in (key, value))  # [1, kv_heads, T, D]
-        scores = torch.cat([query @ past_keys.transpose(2, 3) + place.past_mask,
-                            query @ key.transpose(2, 3) + place.new_mask], dim=-1)  # [1, kv_heads, G*T, context + T]
-        context = past_keys.shape[2]
+        scores = torch.cat([query @ past_keys.transpose(2, 3) + past_mask,
+                            query @ key.transpose(2, 3) + new_mask], dim=-1)  # [1, kv_heads, G*T, rows + T]
+        past = past_keys.shape[2]
         shares = scores.softmax(dim=-1)
-        out = shares[..., :context] @ past_values + shares[..., context:] @ value
-        return ungrouped(out, key.shape[2]), [key, value]
+        out = shares[..., :past] @ past_values + shares[..., past:] @ value
+        return ungrouped(out, key.shape[2]), self.next_state(state, [key, value], place)
+
+    def next_state(self, state: list[Tensor], rows: list[Tensor], place: Place) -> list[Tensor]:
+        """The rows: the host writes them."""
+        return rows
+
+
+class WindowAttention(TwoPartAttention):
+    """The same through a window: the cache holds the last positions, the newest at the end, and is given anew."""
+
+    kind = SLIDING
+
+    def next_state(self, state: list[Tensor], rows: list[Tensor], place: Place) -> list[Tensor]:
+        """The last rows of what was there and of the step's valid ones."""
+        both = [torch.cat([past, new], dim=2) for past, new in zip(state, rows, strict=True)]
+        if place.window_rows is None:
+            return [joined[:, :, 1:] for joined in both]
+        return [place.window_rows @ joined for joined in both]
 
 
 def grouped(query: Tensor, kv_heads: int) -> Tensor:

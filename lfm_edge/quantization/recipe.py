@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lfm_edge.checkpoint.layers import GATE, HEAD, LINEAR, PLAIN, TABLE, WeightEntry
 from lfm_edge.errors import ExportError
 from lfm_edge.files import read_json_object
 from lfm_edge.quantization.activations import ACTIVATIONS
@@ -17,7 +18,7 @@ NEAREST, GPTQ = "nearest", "gptq"
 ROUNDINGS = (NEAREST, GPTQ)
 
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+UNTIED_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Scheme:
     bits: int
     group_size: int | None
     two_level: bool = False
+
+
+PER_CHANNEL_8 = Scheme(8, None)
 
 
 @dataclass(frozen=True)
@@ -49,27 +53,30 @@ class Recipe:
     mixed: Mapping[str, Scheme] = field(default_factory=dict)
     rounding: str = NEAREST
 
-    def scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:
-        """The scheme of a weight, or None where it stays in float32 (norms, biases, depthwise convolutions).
+    def scheme(self, name: str, entry: WeightEntry) -> Scheme | None:
+        """The scheme of a weight by its role, or None where it stays in float32.
 
-        Raises ExportError where the group size does not divide the weight's columns.
+        A gate has 8 bits whatever the others have: it is small, and decides for a whole head. Raises ExportError where
+        the group size does not divide the weight's columns.
         """
-        if len(shape) != 2:
+        if entry.role == PLAIN:
             return None
-        scheme = self.head if name in (EMBEDDING, HEAD) else self.mixed.get(name, self.body)
-        if scheme.group_size is not None and shape[1] % scheme.group_size:
-            raise ExportError(f"{name}: {shape[1]} columns are not a multiple of the group size {scheme.group_size}")
+        of_role = {TABLE: self.head, HEAD: self.head, GATE: PER_CHANNEL_8}
+        scheme = of_role.get(entry.role) or self.mixed.get(name, self.body)
+        if scheme.group_size is not None and entry.shape[1] % scheme.group_size:
+            raise ExportError(f"{name}: {entry.shape[1]} columns are not a multiple of the group size "
+                              f"{scheme.group_size}")
         return scheme
 
-    def schemes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Scheme | None]:
-        """The scheme of every weight of a model.
+    def schemes(self, entries: Mapping[str, WeightEntry]) -> dict[str, Scheme | None]:
+        """The scheme of every weight of a model, as `ModelConfig.weights` lists them.
 
         Raises ExportError where a group size does not divide, or a weight of `mixed` is no linear layer of the model.
         """
         for name in self.mixed:
-            if name in (EMBEDDING, HEAD) or len(shapes.get(name, ())) != 2:
+            if name not in entries or entries[name].role != LINEAR:
                 raise ExportError(f"the recipe names {name}, which is not a linear layer of this model")
-        return {name: self.scheme(name, shape) for name, shape in shapes.items()}
+        return {name: self.scheme(name, entry) for name, entry in entries.items()}
 
     @property
     def linear_bits(self) -> str:
@@ -110,9 +117,6 @@ def _scheme(raw: dict[str, Any]) -> Scheme:
     return Scheme(bits, group_size, two_level)
 
 
-PER_CHANNEL_8 = Scheme(8, None)
-
-
 def recipe(bits: int, group_size: int, head_bits: int, activations: str, two_level: bool = False,
            rounding: str = NEAREST, mixed: Mapping[str, int] | None = None) -> Recipe:
     """The `q4` or `q8` recipe: `bits` in the linear layers, `head_bits` in embedding and head.
@@ -138,7 +142,7 @@ class MixedBits:
 
     def bits_of(self, name: str) -> int:
         """4 or 8. Raises KeyError for a linear layer that is not named."""
-        return self.head_bits if name in (EMBEDDING, HEAD) else self.linear_bits[name]
+        return self.head_bits if name in (EMBEDDING, UNTIED_HEAD) else self.linear_bits[name]
 
     def to_dict(self) -> dict[str, Any]:
         """The file, as JSON."""

@@ -18,10 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from lfm_edge.checkpoint import Checkpoint
 from lfm_edge.errors import ExportError
-from lfm_edge.quantization.recipe import GPTQ, Recipe, Scheme
-from lfm_edge.quantization.tensor import LARGEST_MULTIPLE, QuantizedTensor, WeightsFile, are_multiples
+from lfm_edge.quantization.recipe import Scheme
+from lfm_edge.quantization.tensor import LARGEST_MULTIPLE, QuantizedTensor, are_multiples
 
 # Fractions of max|w| / (2**(bits-1) - 0.5) to try, plain round-to-nearest among them. Below 1 clips the largest
 # weight.
@@ -36,35 +35,6 @@ _SMALLEST_NORMAL = 2.0 ** -14  # of float16
 SMALLEST_SCALE = 2.0 ** -24  # of float16 at all. Up to 2^-16 every multiple of it fits bfloat16 too
 _COARSE = 8 * SMALLEST_SCALE  # below, a scale has less than four bits
 _MOST_LOST = 0.25  # of a weight's norm, to scales that are too coarse: 4 bits alone cost about 0.1
-
-
-def quantize_checkpoint(checkpoint: Checkpoint, recipe: Recipe, progress: Callable[[str], None] = lambda name: None,
-                        windows: Tensor | None = None, file: WeightsFile | None = None,
-                        ) -> dict[str, Tensor | QuantizedTensor]:
-    """Every weight of the model, quantized or in float32 as the recipe says, read one at a time.
-
-    progress: called with the name of each weight when it is done
-    windows: the text of a calibrated rounding, int64 [B, T]
-    file: holds the quantized weights where one is given, in place of memory
-    Raises CheckpointError for unreadable weights, ExportError where the recipe does not fit the shapes.
-    """
-    schemes = recipe.schemes(checkpoint.config.weight_shapes())  # refuse before the work
-
-    def keep(weight: QuantizedTensor) -> QuantizedTensor:
-        return weight.moved_to(file) if file else weight
-
-    if recipe.rounding == GPTQ:
-        from lfm_edge.quantization.gptq import quantize_with_text  # which builds on this module
-
-        if windows is None:
-            raise ExportError("a gptq recipe needs the text that it was calibrated with")
-        return quantize_with_text(checkpoint, schemes, windows, progress, keep)
-    weights: dict[str, Tensor | QuantizedTensor] = {}
-    for name, scheme in schemes.items():
-        value = checkpoint.tensor(name)
-        weights[name] = value.float() if scheme is None else keep(quantize_weight(name, value, scheme))
-        progress(name)
-    return weights
 
 
 def quantize_weight(name: str, weight: Tensor, scheme: Scheme) -> QuantizedTensor:

@@ -21,9 +21,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from lfm_edge import cached
-from lfm_edge.bundle import Bundle, new_bundle
-from lfm_edge.checkpoint import Checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import Bundle, new_bundle
+from lfm_edge.checkpoint.checkpoint import Checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import cache_directory
 from lfm_edge.harness.memory import read_memory
@@ -41,7 +41,7 @@ def prepare(peer: Peer, bundle: Bundle, model: str | None, progress: Callable[[s
     Raises LfmEdgeError where the checkpoint is gone or another one, or the builder fails.
     """
     manifest = bundle.manifest
-    arguments = peer.arguments(manifest)
+    arguments = peer.asked(manifest)
     place = cache_directory() / "peers" / f"{peer.name}-{_digest(peer, arguments, manifest.source_sha256)}"
     if cached.is_whole(place):
         progress(f"{peer.name}: built before, {place}")

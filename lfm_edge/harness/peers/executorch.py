@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lfm_edge.bundle import Manifest
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_json_object
 from lfm_edge.harness.peers.peer import (
@@ -25,7 +25,7 @@ from lfm_edge.harness.peers.peer import (
     refuse_biases,
     run_module,
 )
-from lfm_edge.session import Logits, Session
+from lfm_edge.session.session import Logits, Session
 from lfm_edge.targets import target_named
 
 _PROGRAM, _WEIGHTS, _PARAMS = "model.pte", "weights.pth", "params.json"

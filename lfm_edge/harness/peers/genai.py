@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lfm_edge.bundle import Manifest
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.peers.peer import (
     COMPUTED,
@@ -23,8 +23,8 @@ from lfm_edge.harness.peers.peer import (
     refuse_biases,
     run_module,
 )
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import StateSpec
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import StateSpec
 
 
 class OnnxRuntimeGenai(Peer):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import lfm_edge
-from lfm_edge.bundle import Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle, Manifest
 from lfm_edge.harness.peers.peer import REPEATED, Arguments, Built, Peer, Traits, group_size, traits_of
-from lfm_edge.session import Session
-from lfm_edge.state import StateSpec
+from lfm_edge.session.session import Session
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import Target, target_named
 
 _UBATCH = 512  # tokens of a step of prefill, llama.cpp's own default
@@ -34,7 +34,7 @@ class LlamaCpp(Peer):
                 "group_size": group_size(manifest), "head_bits": manifest.recipe.head.bits}
 
     def build(self, checkpoint: Path, artifact: Path, arguments: Arguments) -> None:
-        from lfm_edge.exporting import export
+        from lfm_edge.bundle.export import export
 
         export(checkpoint, output=artifact, **arguments)
 

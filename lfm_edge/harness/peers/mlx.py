@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from lfm_edge.bundle import Manifest
+from lfm_edge.bundle.bundle import Manifest
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.peers.peer import REPEATED, Arguments, Built, Peer, PeerSession, Traits, group_size
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import StateSpec
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import StateSpec
 
 _EMBEDDING = "model.embed_tokens"
 _STEP = 2048  # tokens of a step of prefill, as in its generate_step

@@ -13,14 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lfm_edge.bundle import MANIFEST, Manifest
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.bundle import MANIFEST, Manifest
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_json_object
 from lfm_edge.quantization.recipe import Scheme
-from lfm_edge.session import Session
-from lfm_edge.state import APPEND, StateSpec
-from lfm_edge.tokenizer import TextTokenizer
+from lfm_edge.session.session import Session
+from lfm_edge.session.state import StateSpec
 
 PEER_FILE = "peer.json"
 WHOLE_PROMPT = "the whole prompt"
@@ -95,7 +95,14 @@ class Peer(ABC):
     extra: ClassVar[str] = "peers"
     measured_on: ClassVar[tuple[str, ...]] = ("linux", "darwin")
     takes_threads: ClassVar[bool] = True
+    model_types: ClassVar[tuple[str, ...]] = ("lfm2",)
     filling: ClassVar[str]
+
+    def asked(self, manifest: Manifest) -> Arguments:
+        """`arguments`, for a model of a type that the peer has. Raises LfmEdgeError as that does, and for another."""
+        if manifest.config.model_type not in self.model_types:
+            raise LfmEdgeError(f"--against {self.name}: it has no {manifest.config.model_type}")
+        return self.arguments(manifest)
 
     @abstractmethod
     def arguments(self, manifest: Manifest) -> Arguments:
@@ -163,7 +170,7 @@ class PeerSession(Session):
 def traits_of(manifest: Manifest) -> Traits:
     """What a bundle is, line by line, to hold beside what a peer's artifact is."""
     bits = manifest.recipe
-    caches = {tensor.dtype for tensor in manifest.state.tensors if tensor.update == APPEND and tensor.kind == "key"}
+    caches = {tensor.dtype for tensor in manifest.state.tensors if tensor.kind == "key"}
     mixed = f", some {', '.join(sorted({scheme_line(scheme) for scheme in bits.mixed.values()}))}" if bits.mixed else ""
     return {"linear layers": scheme_line(bits.body) + mixed, "head": scheme_line(bits.head),
             "embedding": scheme_line(bits.head), "activations": bits.activations,

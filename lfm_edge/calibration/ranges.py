@@ -29,7 +29,7 @@ MOVES = frozenset({"aten.slice.Tensor", "aten.view.default", "aten._unsafe_view.
                    "aten.permute.default", "aten.cat.default", "aten.unsqueeze.default", "aten.clone.default",
                    "aten.alias.default", "aten.index_select.default", "aten.reshape.default",
                    "lfm_edge.to_int8.default"})
-SHARES = frozenset({"aten.softmax.int", "aten._softmax.default"})  # 0 to 1
+SHARES = frozenset({"aten.softmax.int", "aten._softmax.default", "aten.sigmoid.default"})  # 0 to 1
 
 
 @torch.library.custom_op("lfm_edge::to_int8", mutates_args=())

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.model.decoder import DecoderLayer
 from lfm_edge.model.lowering import Lowering, Weight
 from lfm_edge.model.weights import LayerWeights, Weights
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.state import StateSpec
+from lfm_edge.session.state import StateSpec
 
 Step = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 
@@ -30,8 +30,8 @@ class Walk:
         self.windows = windows
         self.dtype = dtype
         count, length = windows.shape
-        self._place = Lowering().positions(config, length)(torch.tensor([0]), length)
         self._spec = StateSpec.of(config, length)
+        self._place = Lowering().positions(config, self._spec)(torch.tensor([0]), length)
         self._state = [tensor.to(dtype).expand(count, *tensor.shape[1:]) for tensor in self._spec.fresh()]
 
     def embed(self, weights: Weights) -> Tensor:

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
+from lfm_edge.checkpoint.tokenizer import Message
 from lfm_edge.errors import BundleError
 from lfm_edge.files import replacing, text
-from lfm_edge.state import Snapshot, StateSpec
-from lfm_edge.tokenizer import Message
+from lfm_edge.session.state import Snapshot, StateSpec
 
 FORMAT, VERSION = "lfm-edge session", "1"
 TOKENS = "tokens"
@@ -116,7 +116,7 @@ def _parsed(file: Any) -> SavedSession:
     spec, position = StateSpec.from_dict(json.loads(metadata["state"])), int(metadata["position"])
     values = tuple(file.get_tensor(tensor.name) for tensor in spec.tensors)
     for tensor, value in zip(spec.tensors, values, strict=True):
-        if str(value.dtype) != f"torch.{tensor.dtype}" or value.shape != tensor.filled_shape(position):
+        if str(value.dtype) != f"torch.{tensor.dtype}" or value.shape != tensor.kept_shape(position):
             raise ValueError(f"{tensor.name} is not what the layout says")
     tokens = file.get_tensor(TOKENS)
     if tokens.dtype != torch.int32 or tokens.shape != (position,) or (tokens < 0).any():

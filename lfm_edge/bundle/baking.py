@@ -6,12 +6,12 @@ import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lfm_edge.bundle import BakedPrompt, Bundle, Manifest
+from lfm_edge.bundle.bundle import BakedPrompt, Bundle, Manifest
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import ExportError, LfmEdgeError
 from lfm_edge.files import read_text
 from lfm_edge.progress import Progress
-from lfm_edge.saved import Message
-from lfm_edge.tokenizer import TextTokenizer
+from lfm_edge.session.saved import Message
 
 BAKED_PROMPT_FILE = "baked_prompt.safetensors"
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from lfm_edge.errors import BundleError, ContextFull, LfmEdgeError
-from lfm_edge.saved import Message, Origin, SavedSession
-from lfm_edge.state import APPEND, Snapshot, StateSpec, StateTensor
+from lfm_edge.session.saved import Message, Origin, SavedSession
+from lfm_edge.session.state import APPEND, RING, Snapshot, StateSpec, StateTensor
 
 Logits = NDArray[np.float32]
 Result = TypeVar("Result")
@@ -124,7 +124,7 @@ class Session(ABC):
         if len(tokens) > self.chunk or not 1 <= count <= min(self.scored, len(tokens)):
             raise LfmEdgeError(f"logits of {count} of {len(tokens)} tokens: a step takes {self.chunk}, and tells the "
                                f"logits of the last {self.scored}")
-        mark = self._mark()
+        mark = self._mark(len(tokens))
 
         def step() -> NDArray[np.float32]:
             logits = self._scored_step(tokens, count)
@@ -137,7 +137,7 @@ class Session(ABC):
     def take_back(self) -> None:
         """Undo the last `prefill_scored`, if nothing came after it. Raises LfmEdgeError where something did.
 
-        It costs a copy of the conv state; rows of a cache past the position do not count.
+        It costs a copy of what the step replaced, as the conv state; rows of a cache past the position do not count.
         """
         self._check_whole()
         before = self._before
@@ -148,7 +148,7 @@ class Session(ABC):
             self._go_back(before)
             self._before = None
 
-        self._change(back)
+        self._change(back, mark=self._mark(None))
 
     def snapshot(self) -> Snapshot:
         """A copy of the state, to go back to. Raises LfmEdgeError where the program keeps some of it."""
@@ -224,14 +224,14 @@ class Session(ABC):
                 self._repeat_rows(position)
             self.position, self._before = position, None
 
-        self._change(go, most=max(position - self.position, 0))
+        self._change(go, most=max(position - self.position, 0), mark=self._mark(None))
 
     def _change(self, change: Callable[[], Result], most: int = 0, mark: _Mark | None = None) -> Result:
         """Do what changes the session from its position on: wholly, or not at all, however it ends.
 
         most: rows of the caches that it may write past the position; mark: made just before, where there is one
         """
-        mark = mark or self._mark()
+        mark = mark or self._mark(most)
         try:
             self.broken = True  # until it is done or undone: an interrupt may come between any two lines
             if most:
@@ -253,8 +253,8 @@ class Session(ABC):
         change()
         self.broken = False
 
-    def _mark(self) -> _Mark:
-        return _Mark(self.position, self.tokens, len(self.tokens), self._replaced(), self._before)
+    def _mark(self, most: int | None) -> _Mark:
+        return _Mark(self.position, self.tokens, len(self.tokens), self._replaced(most), self._before)
 
     def _go_back(self, mark: _Mark) -> None:
         """Be again where the session was. Raises LfmEdgeError where the runtime cannot."""
@@ -271,10 +271,10 @@ class Session(ABC):
         self.position += len(tokens)
         self.tokens += tokens
 
-    def _replaced(self) -> Any:
-        """Copies of what a step overwrites, for `_replace`. Of a cache it writes rows past the position only."""
+    def _replaced(self, most: int | None) -> Any:
+        """Copies of what steps of `most` tokens overwrite, for `_replace`; None: of all that any step could."""
         return {index: self._read(index, self.position) for index, tensor in enumerate(self.held)
-                if tensor.update != APPEND}
+                if (tensor.update != APPEND if most is None else not tensor.survives(self.position, most))}
 
     def _replace(self, kept: Any) -> None:
         """Put that back, at the position again. Raises LfmEdgeError where the program keeps some of it."""
@@ -288,25 +288,25 @@ class Session(ABC):
         """Make the state that of a fresh session, but for rows of the caches."""
         for index, tensor in enumerate(self.held):
             if tensor.update != APPEND:
-                self._write(index, tensor.fresh(), 0)
+                self._write(index, tensor.kept(tensor.fresh(), 0), 0)
 
     def _clear_unseen(self) -> None:
         """Before a step: leave nothing in rows past the position, of what was undone or is of another conversation."""
-        if self.multiplies_unseen and self._reached > self.position:
+        if self._reached > self.position:
             self._clear_rows(self.position, self._reached - self.position)
 
     def _clear_rows(self, start: int, count: int) -> None:
         for tensor, state in zip(self.held, self.state, strict=True):
-            if tensor.update == APPEND:
+            if tensor.update == APPEND and self.multiplies_unseen:
                 state.narrow(tensor.axis, start, count).fill_(tensor.initial)
+            if tensor.update == RING:  # whose masked rows every kernel multiplies by zero
+                slots = tensor.slots_after(start, min(count, tensor.rows - tensor.row_count(start)))
+                state.index_fill_(tensor.axis, slots, tensor.initial)
 
     def _repeat_rows(self, position: int) -> None:
         for tensor, state in zip(self.held, self.state, strict=True):
-            filled = max(self.position, 1)
-            while tensor.update == APPEND and filled < position:
-                count = min(filled, position - filled)
-                state.narrow(tensor.axis, filled, count).copy_(state.narrow(tensor.axis, 0, count))
-                filled += count
+            if tensor.is_cache:
+                tensor.repeat_rows(state, self.position, position)
 
     def _kept(self) -> tuple[torch.Tensor, ...]:
         """Copies of what the session has of every state tensor."""
@@ -319,11 +319,14 @@ class Session(ABC):
 
     def _read(self, index: int, position: int) -> torch.Tensor:
         """A copy of what a session at `position` has of a state tensor."""
-        return self.held[index].filled(self.state[index], position).clone()
+        return self.held[index].kept(self.state[index], position)
 
     def _write(self, index: int, kept: torch.Tensor, position: int) -> None:
-        """Put that back."""
-        self.held[index].filled(self.state[index], position).copy_(kept)
+        """Put that back. Nothing else is left in a window."""
+        tensor, state = self.held[index], self.state[index]
+        if tensor.window:
+            state.fill_(tensor.initial)
+        tensor.put_back(state, kept, position)
 
     def _known_origin(self) -> Origin:
         if self.origin is None:

@@ -13,34 +13,28 @@ from typing import Any
 from lfm_edge.errors import ConfigError
 
 
-def _keys(names: str) -> frozenset[str]:
+def keys(names: str) -> frozenset[str]:
+    """Names with spaces between."""
     return frozenset(names.split())
 
 
-READ = _keys("""
-    model_type architectures vocab_size hidden_size block_dim conv_dim num_hidden_layers layer_types full_attn_idxs
-    num_attention_heads num_heads num_key_value_heads head_dim block_ff_dim intermediate_size block_auto_adjust_ff_dim
-    block_ffn_dim_multiplier block_multiple_of conv_L_cache conv_bias norm_eps block_norm_eps rope_theta theta
-    rope_parameters rope_scaling tie_embedding tie_word_embeddings max_position_embeddings bos_token_id eos_token_id
-    pad_token_id""")
-
 # Whatever they say. Where a checkpoint came from, and what to do with it:
-_WITHOUT_EFFECT = _keys("""
+_WITHOUT_EFFECT = keys("""
     transformers_version _name_or_path name_or_path _commit_hash model_name auto_map model_file tokenizer_class prefix
     dtype torch_dtype use_cache keys_to_ignore_at_inference model_max_length transformers.js_config""")
 # how it was trained:
-_WITHOUT_EFFECT |= _keys("""
+_WITHOUT_EFFECT |= keys("""
     initializer_range block_use_xavier_init conv_use_xavier_init block_mlp_init_scale block_out_init_scale
     attention_dropout hidden_dropout resid_pdrop embd_pdrop gradient_checkpointing""")
 # what follows from the weights' shapes, or is of use to other keys only:
-_WITHOUT_EFFECT |= _keys("conv_dim_out original_max_position_embeddings max_window_layers is_decoder pretraining_tp")
+_WITHOUT_EFFECT |= keys("conv_dim_out original_max_position_embeddings max_window_layers is_decoder pretraining_tp")
 # how transformers runs it, and what for:
-_WITHOUT_EFFECT |= _keys("""
+_WITHOUT_EFFECT |= keys("""
     return_dict use_return_dict output_hidden_states output_attentions tie_last_hidden_states chunk_size_feed_forward
     torchscript use_bfloat16 tf_legacy_loss attn_implementation _attn_implementation _attn_implementation_autoset
     _flash_attn_2_enabled id2label label2id num_labels problem_type finetuning_task task_specific_params""")
 # and the options of its `generate`, which old versions kept here:
-_WITHOUT_EFFECT |= _keys("""
+_WITHOUT_EFFECT |= keys("""
     max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
     temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size encoder_repetition_penalty bad_words_ids num_return_sequences output_scores
@@ -59,21 +53,21 @@ _BY_VALUE = {
     "use_bidirectional_attention": False, "bidirectional": False, "is_encoder_decoder": False,
     "add_cross_attention": False, "tie_encoder_decoder": False,
 }
-_ROPE_READ = _keys("rope_type type rope_theta")
-_ROPE_WITHOUT_EFFECT = _keys("original_max_position_embeddings")
+ROPE_READ = keys("rope_type type rope_theta")
+_ROPE_WITHOUT_EFFECT = keys("original_max_position_embeddings")
 _ROPE_BY_VALUE = {"partial_rotary_factor": 1.0, "factor": 1.0, "attention_factor": 1.0}
 
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")
 
 
-def check_kind(raw: Mapping[str, Any]) -> None:
-    """Raises ConfigError for models that share the type of these, and are others."""
+def check_kind(raw: Mapping[str, Any], architecture: str) -> None:
+    """Raises ConfigError for models that share the type of `architecture`, transformers' class, and are others."""
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list):
         raise ConfigError(f"architectures is {_short(architectures)}; expected a list of names")
-    if architectures and "lfm2forcausallm" not in [str(name).lower() for name in architectures]:
-        raise ConfigError(f"architectures is {_short(architectures)}; only Lfm2ForCausalLM, which predicts the next "
-                          "token, can be exported: no encoder, embedding model or classifier")
+    if architectures and architecture.lower() not in [str(name).lower() for name in architectures]:
+        raise ConfigError(f"architectures is {_short(architectures)}; only {architecture}, which predicts the "
+                          "next token, can be exported: no encoder, embedding model or classifier")
     if raw.get("is_causal") is False or raw.get("use_bidirectional_attention") or raw.get("bidirectional"):
         raise ConfigError("its tokens see those that follow (is_causal, bidirectional): this is an encoder or an "
                           "embedding model, and only models that predict the next token can be exported")
@@ -84,15 +78,15 @@ def check_kind(raw: Mapping[str, Any]) -> None:
                               + "; give the bfloat16, float16 or float32 model that they were made from")
 
 
-def check_keys(raw: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a key of config.json that is not understood."""
-    _check(raw, READ, _WITHOUT_EFFECT, _BY_VALUE)
+def check_keys(raw: Mapping[str, Any], read: frozenset[str]) -> None:
+    """Raises ConfigError for a key of config.json that is not understood. read: those that the family reads"""
+    _check(raw, read, _WITHOUT_EFFECT, _BY_VALUE)
 
 
-def check_rope_keys(parameters: Mapping[str, Any], name: str) -> None:
-    """The same for what is inside `rope_parameters` or `rope_scaling`, whichever `name` says."""
+def check_rope_keys(parameters: Mapping[str, Any], name: str, read: frozenset[str] = ROPE_READ) -> None:
+    """The same for what is inside `rope_parameters` or `rope_scaling`, or an entry of it, whichever `name` says."""
     try:
-        _check(parameters, _ROPE_READ, _ROPE_WITHOUT_EFFECT, _ROPE_BY_VALUE)
+        _check(parameters, read, _ROPE_WITHOUT_EFFECT, _ROPE_BY_VALUE)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -108,7 +102,7 @@ def _check(raw: Mapping[str, Any], read: frozenset[str], without_effect: frozens
                           "may change what the model computes. Remove it if it does not. Understood are "
                           f"{', '.join(sorted(read))}")
     for key, value in by_value.items():
-        if key in given and given[key] != value:
+        if key in given and key not in read and given[key] != value:
             raise ConfigError(f"{key} is {_short(given[key])}; only {value!r} can be exported")
 
 

@@ -14,20 +14,26 @@ float64 they then differ by some 1e-13, and hardly one of 1e9 weights is that cl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lfm_edge.checkpoint import Checkpoint
-from lfm_edge.errors import ExportError
+from lfm_edge.calibration.walk import Walk
+from lfm_edge.checkpoint.checkpoint import Checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.errors import BundleError, ExportError
+from lfm_edge.files import read_json_object
 from lfm_edge.model.lowering import Lowering, Weight
 from lfm_edge.quantization.recipe import Scheme
 from lfm_edge.quantization.rounding import quantize_weight
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.quantization.walk import Walk
 
+WINDOWS_FILE = "calibration.json"
+WINDOW, MOST_TOKENS = 256, 4096  # of the text that weights are rounded by
 DAMPING = 0.01  # of the mean of H's diagonal, added to all of it, as the paper has it
 _COLUMNS_AT_ONCE = 128  # whose feedback to all later columns is one matrix product
 
@@ -160,3 +166,23 @@ class _RoundingLinear(_RoundingLinears):
     def forward(self, x: Tensor) -> Tensor:
         """x: float64 [B, T, cols] -> float64 [B, T, rows]"""
         return super().forward(x)[0]
+
+
+def write_windows(windows: Tensor, directory: Path) -> None:
+    """Put the text of a calibrated rounding into a bundle, for `verify`: it does the same again."""
+    lines = ",\n  ".join(json.dumps(window) for window in windows.tolist())
+    (directory / WINDOWS_FILE).write_text(f'{{"windows": [\n  {lines}\n]}}\n')
+
+
+def read_windows(directory: Path, config: ModelConfig) -> Tensor:
+    """The text of a bundle's calibrated rounding, int64 [B, T]. Raises BundleError where there is none."""
+    path = directory / WINDOWS_FILE
+    try:
+        windows = torch.tensor(read_json_object(path, BundleError)["windows"])
+    except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise BundleError(f"{path}: malformed ({type(error).__name__})") from None
+    if windows.dtype != torch.int64 or windows.ndim != 2 or not windows.numel():
+        raise BundleError(f"{path}: malformed (windows of tokens of one length are expected)")
+    if windows.min() < 0 or windows.max() >= config.vocab_size:
+        raise BundleError(f"{path}: tokens outside of the model's vocabulary")
+    return windows

@@ -10,14 +10,15 @@ import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lfm_edge.config import ModelConfig
-from lfm_edge.quantization.calibration import KV_SCALES_FILE, WINDOWS_FILE
+from lfm_edge.calibration.gptq import WINDOWS_FILE
+from lfm_edge.calibration.kv_scales import KV_SCALES_FILE
+from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.quantization.recipe import GPTQ
-from lfm_edge.state import StateSpec
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import Target
 
 if TYPE_CHECKING:
-    from lfm_edge.bundle import Manifest
+    from lfm_edge.bundle.bundle import Manifest
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_DIMENSION, _MOST_PARAMETERS = 1 << 24, 1 << 40
@@ -28,7 +29,7 @@ def check_manifest(manifest: Manifest, target: Target) -> None:
     _check_config(manifest.config)
     _check_choices(manifest, target)
     _check_state(manifest, target)
-    manifest.recipe.schemes(manifest.config.weight_shapes())
+    manifest.recipe.schemes(manifest.config.weights())
     for name, digest in (("source_sha256", manifest.source_sha256), ("weights_sha256", manifest.weights_sha256),
                          *((f"the sha256 of {name}", entry["sha256"]) for name, entry in manifest.files.items())):
         if not _SHA256.fullmatch(digest):
@@ -76,8 +77,8 @@ def _check_state(manifest: Manifest, target: Target) -> None:
     """The state must be that of the configuration at its context, in the layout of its target."""
     conv_dtype = "float32" if manifest.compute_dtype == "int16" else manifest.compute_dtype
     context, found = manifest.state.context, {tensor.name: tensor for tensor in manifest.state.tensors}
-    possible = [StateSpec.of(manifest.config, context, kv_dtype, target.state_layout, conv_dtype)
-                for kv_dtype in target.kv_dtypes]
+    possible = [StateSpec.of(manifest.config, context, kv_dtype, target.state_layout, conv_dtype,
+                             manifest.prefill_chunk) for kv_dtype in target.kv_dtypes]
     if manifest.state in possible:
         return
     nearest = max(possible, key=lambda spec: len(set(spec.tensors) & set(manifest.state.tensors)))

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lfm_edge.checkpoint import TASKS_FILE
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.checkpoint import TASKS_FILE
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, LfmEdgeError
 from lfm_edge.files import read_text, text
-from lfm_edge.tokenizer import TextTokenizer
 
 LEAST_CALIBRATION_TOKENS = 256
 MOST_CALIBRATION_TOKENS = 8192

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, ContextFull, LfmEdgeError
 from lfm_edge.files import read_text
-from lfm_edge.saved import Message
-from lfm_edge.session import Logits, Session
-from lfm_edge.speculation import PromptLookup
-from lfm_edge.tokenizer import TextTokenizer
+from lfm_edge.session.saved import Message
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.speculation import PromptLookup
 
 
 def sample(logits: Logits, temperature: float, generator: np.random.Generator) -> int:

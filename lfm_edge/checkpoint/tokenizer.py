@@ -17,10 +17,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from lfm_edge.checkpoint.sandbox import BoundedSandbox, limited_time
+from lfm_edge.checkpoint.typed import StandIns, mapped, respelled
 from lfm_edge.errors import BundleError, LfmEdgeError
 from lfm_edge.files import read_json_object
-from lfm_edge.sandbox import BoundedSandbox, limited_time
-from lfm_edge.typed import StandIns, mapped, respelled
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -58,17 +58,18 @@ CHATML_TEMPLATE = (
 )
 
 
-def chatml_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level tokenizer with LFM2's special ids that fills a vocabulary of any size from 272 on.
+def chatml_tokenizer(vocab_size: int, first_special: int = 0) -> Tokenizer:
+    """A byte-level tokenizer with LFM2's special tokens that fills a vocabulary of any size from 272 on.
 
-    Ids 0-15 are LFM2's special tokens, 16-271 the bytes, the rest pairs of bytes in a fixed order. It
-    encodes and decodes any text; it is not the published vocabulary.
+    first_special: id of the first of the 16 special tokens, which stand together; the other ids are the bytes, then
+        pairs of bytes in a fixed order. It encodes and decodes any text; it is not the published vocabulary.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size={vocab_size}: a byte-level ChatML vocabulary needs {SMALLEST_VOCABULARY}")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = _first(product(alphabet, alphabet), vocab_size - SMALLEST_VOCABULARY)
-    entries = [*SPECIAL_TOKENS, *alphabet, *("".join(pair) for pair in merges)]
+    ordinary = [*alphabet, *("".join(pair) for pair in merges)]
+    entries = [*ordinary[:first_special], *SPECIAL_TOKENS, *ordinary[first_special:]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(entries)}, merges=merges))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -77,7 +78,7 @@ def chatml_tokenizer(vocab_size: int) -> Tokenizer:
     ])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A", special_tokens=[("<|startoftext|>", SPECIAL_TOKENS.index("<|startoftext|>"))])
+        single="<|startoftext|> $A", special_tokens=[("<|startoftext|>", entries.index("<|startoftext|>"))])
     return tokenizer
 
 
@@ -85,9 +86,10 @@ def _first(pairs: Iterator[tuple[str, str]], count: int) -> list[tuple[str, str]
     return [pair for pair, _ in zip(pairs, range(count), strict=False)]
 
 
-def write_chatml_tokenizer(directory: Path, vocab_size: int) -> None:
+def write_chatml_tokenizer(directory: Path, vocab_size: int, first_special: int = 0) -> None:
     """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
-    chatml_tokenizer(vocab_size).save(str(directory / "tokenizer.json"))
+    chatml_tokenizer(vocab_size, first_special).save(str(directory / "tokenizer.json"))
+    ids = {token: first_special + index for index, token in enumerate(SPECIAL_TOKENS)}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1_000_000_000,
         "bos_token": "<|startoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>",
@@ -95,12 +97,13 @@ def write_chatml_tokenizer(directory: Path, vocab_size: int) -> None:
         "chat_template": CHATML_TEMPLATE,
         "added_tokens_decoder": {str(i): {"content": token, "special": True, "normalized": False, "lstrip": False,
                                           "rstrip": False, "single_word": False}
-                                 for i, token in enumerate(SPECIAL_TOKENS)},
+                                 for token, i in ids.items()},
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "chat_template.jinja").write_text(CHATML_TEMPLATE)
     (directory / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0}, indent=2) + "\n")
+        json.dumps({"bos_token_id": ids["<|startoftext|>"], "eos_token_id": ids["<|im_end|>"],
+                    "pad_token_id": ids["<|pad|>"]}, indent=2) + "\n")
 
 
 class TextTokenizer:

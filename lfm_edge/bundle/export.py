@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,14 @@ from typing import Any
 import torch
 
 import lfm_edge
-from lfm_edge.baking import SystemPrompt, bake
-from lfm_edge.bundle import Bundle, Manifest, new_bundle, weights_digest
-from lfm_edge.checkpoint import Checkpoint, open_checkpoint
-from lfm_edge.config import ModelConfig
-from lfm_edge.errors import ExportError
-from lfm_edge.model.weights import Weights
-from lfm_edge.presets import DEFAULT_MODEL
-from lfm_edge.progress import Progress
-from lfm_edge.quantization.calibration import (
-    KV_WINDOW,
-    MOST_KV_TOKENS,
-    MOST_TOKENS,
-    WINDOW,
-    calibrate_kv,
-    write_kv_scales,
-    write_windows,
-)
-from lfm_edge.quantization.recipe import GPTQ, GROUP_SIZES, HEAD_BITS, NEAREST, ROUNDINGS, MixedBits, Recipe
-from lfm_edge.quantization.recipe import recipe as recipe_of
-from lfm_edge.quantization.rounding import quantize_checkpoint
-from lfm_edge.quantization.tensor import QuantizedTensor, WeightsFile
-from lfm_edge.sample import (
+from lfm_edge.backends.socs import DEFAULT_SOC, Soc, socs_named
+from lfm_edge.bundle.baking import SystemPrompt, bake
+from lfm_edge.bundle.bundle import Bundle, Manifest, new_bundle, weights_digest
+from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.calibration.gptq import MOST_TOKENS, WINDOW, write_windows
+from lfm_edge.calibration.kv_scales import KV_WINDOW, MOST_KV_TOKENS, calibrate_kv, write_kv_scales
+from lfm_edge.calibration.quantize import quantize_checkpoint
+from lfm_edge.calibration.sample import (
     TEXT,
     Conversation,
     calibration_tokens,
@@ -45,62 +31,22 @@ from lfm_edge.sample import (
     whole_chunks,
     windows_of,
 )
-from lfm_edge.socs import DEFAULT_SOC, Soc, socs_named
-from lfm_edge.sources import remember
-from lfm_edge.state import StateSpec
+from lfm_edge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.presets import DEFAULT_MODEL
+from lfm_edge.checkpoint.sources import remember
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
+from lfm_edge.errors import ExportError
+from lfm_edge.model.weights import Weights
+from lfm_edge.progress import Progress
+from lfm_edge.quantization.recipe import GPTQ, GROUP_SIZES, HEAD_BITS, NEAREST, ROUNDINGS, MixedBits, Recipe
+from lfm_edge.quantization.recipe import recipe as recipe_of
+from lfm_edge.quantization.tensor import WeightsFile
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import Target, target_named
-from lfm_edge.tokenizer import TextTokenizer
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 128
-
-
-@dataclass(frozen=True)
-class ExportJob:
-    """All that an exporter needs.
-
-    compute_dtype: of activations and of all that is not quantized, one of the target's
-    state_mode: `explicit` (the caller owns the state) or `internal` (the program does)
-    prefill_chunk: most tokens that one step takes
-    prompts: tokens to measure activations on, where the target's have constant scales
-    socs: the chips to compile for, where the target is compiled
-    source, licence: of the checkpoint, as it has them
-    """
-
-    config: ModelConfig
-    weights: Weights
-    recipe: Recipe
-    state: StateSpec
-    compute_dtype: str
-    state_mode: str
-    prefill_chunk: int
-    prompts: tuple[list[int], ...] = ()
-    socs: tuple[Soc, ...] = ()
-    source: str = ""
-    licence: str = "unknown"
-
-    def release_weights(self) -> None:
-        """Take all quantized weights out of memory until they are used again."""
-        for weight in self.weights.values():
-            if isinstance(weight, QuantizedTensor):
-                weight.release()
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """What an exporter wrote.
-
-    path: the file that the runtime loads; lowering: what `inspect` shows about the exporter's work
-    usage: Markdown for the bundle's README, how each client loads it
-    activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
-    scored: of how many of a step's last tokens it gives the logits
-    """
-
-    path: str
-    lowering: dict[str, Any]
-    usage: str
-    activation_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-    scored: int = 1
 
 
 def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path, context: int | None = None,
@@ -147,7 +93,7 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
                      mixed.linear_bits)
     # Conv states come and go as real numbers, where the program computes in integers.
     layout = StateSpec.of(checkpoint.config, context, kv_dtype, chosen.state_layout,
-                          "float32" if compute_dtype == "int16" else compute_dtype)
+                          "float32" if compute_dtype == "int16" else compute_dtype, prefill_chunk)
     given = _prompts(chosen, calibration, chosen.calibrated or layout.needs_kv_scales or rounding == GPTQ)
     job = ExportJob(checkpoint.config, {}, bits, layout, compute_dtype, state, prefill_chunk, socs=socs,
                     source=checkpoint.source, licence=checkpoint.licence)

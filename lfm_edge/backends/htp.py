@@ -14,10 +14,10 @@ from pathlib import Path
 import onnxruntime
 import onnxruntime_qnn
 
+from lfm_edge.backends.ort import session_options
+from lfm_edge.backends.socs import SOCS, Soc
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.ort import session_options
 from lfm_edge.progress import native_messages_hidden
-from lfm_edge.socs import SOCS, Soc
 
 PROVIDER = "QNNExecutionProvider"
 
@@ -65,7 +65,7 @@ def compile_together(graphs: Sequence[Path], soc: Soc, output: Path) -> None:
     In a process of its own: the compiler takes gigabytes that it does not give back, and one that is left in the middle
     ends its process. Raises NpuError as `load` does.
     """
-    arguments = [sys.executable, "-m", "lfm_edge.htp", soc.name, str(output), *map(str, graphs)]
+    arguments = [sys.executable, "-m", "lfm_edge.backends.htp", soc.name, str(output), *map(str, graphs)]
     finished = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if finished.returncode:
         reason = (finished.stderr.strip().splitlines() or [f"the compiler ended with {finished.returncode}"])[-1]

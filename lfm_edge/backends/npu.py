@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lfm_edge.config import ModelConfig
-from lfm_edge.model.lowering import rotary_angles
-from lfm_edge.session import Logits, Session
-from lfm_edge.state import StateSpec
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import ATTENTION, SLIDING
+from lfm_edge.model.lowering import attention_kinds, rotary_angles
+from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.state import StateSpec
 
 EMBEDDINGS, COS, SIN, MASK, CONV_ROWS, LAST = "inputs_embeds", "cos", "sin", "past_mask", "conv_rows", "last"
+# By the kind of layer: the rotations, and the mask over the cache.
+TABLES = {ATTENTION: (COS, SIN, MASK), SLIDING: ("window_cos", "window_sin", "window_mask")}
 LOGITS = "logits"
 PREFILL, DECODE = "prefill", "decode"
 
@@ -62,7 +65,10 @@ class NpuSession(Session):
         self.run = run
         self.remark = remark
         self._taps = config.conv_taps
-        self._cos, self._sin = rotations(config, spec.context)
+        self._rotations = {kind: rotations(config, kind, spec.context) for kind in attention_kinds(config)}
+        self._window = next((tensor for tensor in spec.tensors if tensor.window), None)
+        self._groups = config.num_attention_heads // config.num_key_value_heads
+        self._kv_heads = config.num_key_value_heads
 
     def _step(self, tokens: list[int]) -> Logits:
         count = len(tokens)
@@ -80,21 +86,34 @@ class NpuSession(Session):
         """Where the tokens of a step stand, `count` of `length` being valid."""
         # Padding may lie behind the context; what it is rotated by does not matter.
         rows = np.minimum(np.arange(self.position, self.position + length), self.spec.context - 1)
-        mask = np.where(np.arange(self.spec.context) < self.position, 0, -1)
-        place = {COS: self._cos[rows][None, :, None], SIN: self._sin[rows][None, :, None],
-                 MASK: mask.astype(np.float32)[None, None, None]}
+        place: dict[str, np.ndarray] = {}
+        for kind, (cos, sin) in self._rotations.items():
+            mask = self._window_mask(length) if kind == SLIDING else self._mask()
+            place |= zip(TABLES[kind], (cos[rows][None, :, None], sin[rows][None, :, None], mask), strict=True)
         if length == 1:
             return place
         return place | {CONV_ROWS: np.arange(count, count + self._taps - 1, dtype=np.int32),
                         LAST: np.array([count - 1], np.int32)}
 
+    def _mask(self) -> np.ndarray:
+        """What is filled of the cache: 0, or -1 for hidden, float32 [1, 1, 1, context]."""
+        return np.where(np.arange(self.spec.context) < self.position, 0, -1).astype(np.float32)[None, None, None]
 
-def rotations(config: ModelConfig, context: int) -> tuple[np.ndarray, np.ndarray]:
+    def _window_mask(self, length: int) -> np.ndarray:
+        """What each token sees of the ring: 0, or -1 for hidden, float32 [1, kv_heads, G*T, rows]."""
+        newest, slots = self.position - 1, np.arange(self._window.rows)
+        held = newest - (newest - slots) % self._window.rows  # the position whose row stands in each slot
+        distance = self.position + np.arange(length)[:, None] - held
+        mask = np.where((held >= 0) & (distance < self._window.window), 0, -1).astype(np.float32)
+        return np.tile(mask, (1, self._kv_heads, self._groups, 1))
+
+
+def rotations(config: ModelConfig, kind: str, context: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of every position, float32 [context, head_dim]; the first half of the sines has its sign changed,
 
     so that a rotation is `x * cos + swap(x) * sin`, with the halves of x swapped.
     """
-    angles = rotary_angles(config, context)
+    angles = rotary_angles(config.rotation(kind), config.head_dim, context)
     sin = angles.sin()
     cos = angles.cos().repeat(1, 2)
     return cos.numpy(), torch.cat([-sin, sin], dim=1).numpy()

@@ -15,16 +15,35 @@ from typing import Any
 
 import torch
 
-from lfm_edge.config import ModelConfig
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.layers import CONV
 from lfm_edge.errors import BundleError, LfmEdgeError
 from lfm_edge.files import text, whole_number
-from lfm_edge.targets import StateLayout
 
 REPLACE = "replace"
-APPEND = "append"
+APPEND, RING, SLIDE, SHIFT = "append", "ring", "slide", "shift"  # of caches: where a position's row stands
+UPDATES = (REPLACE, APPEND, RING, SLIDE, SHIFT)
 KINDS = ("conv", "key", "value", "key_scale", "value_scale", "key_zero_point", "value_zero_point")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 MOST_BYTES = 1 << 40  # of a state that is read from a file
+_REPEATED = 64  # rows that are repeated at once
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """How a backend wants its state to lie.
+
+    kv_heads_first: caches are [1, kv_heads, context, head_dim] instead of [1, context, kv_heads, head_dim]; at
+        int8 their scales are constants of the program, one for each channel
+    keys_transposed: caches of keys are [1, kv_heads, head_dim, context], where the heads come first
+    conv_channels_last: conv states are [1, taps - 1, hidden] instead of [1, hidden, taps - 1]
+    window: how the caches of sliding-window layers are kept, as `StateTensor.update` says it
+    """
+
+    kv_heads_first: bool = False
+    keys_transposed: bool = False
+    conv_channels_last: bool = False
+    window: str = APPEND
 
 
 @dataclass(frozen=True)
@@ -32,9 +51,15 @@ class StateTensor:
     """One tensor of the state.
 
     kind: conv | key | value | key_scale | value_scale | key_zero_point | value_zero_point
-    update: `replace` (a step gives a whole new value) or `append` (a step writes its rows at `position`
-        along dimension `axis`, and leaves the others as they are)
+    update: what a step does to it. `replace`: gives a whole new value. The others are caches, with a row for each
+        position along dimension `axis`:
+        `append`: the row of position p stands at p
+        `ring`: at p modulo the number of rows; what it replaces is older than any window that a step looks through
+        `slide`: the rows that are left stand together at the beginning, oldest first; where they no longer fit, the
+            oldest are dropped, as many at once as there are rows more than the window, and one
+        `shift`: the newest row stands at the end; the step gives the whole new value
     initial: the value that every element has in a fresh session
+    window: how many of the last positions are ever looked at; 0 for all
     """
 
     name: str
@@ -45,6 +70,7 @@ class StateTensor:
     update: str
     initial: float = 0.0
     axis: int = 1
+    window: int = 0
 
     @property
     def next_name(self) -> str:
@@ -56,36 +82,104 @@ class StateTensor:
         """The element type, as torch knows it."""
         return getattr(torch, self.dtype)
 
-    def filled(self, value: torch.Tensor, position: int) -> torch.Tensor:
-        """What of its value a session at `position` has written: a view."""
-        return value.narrow(self.axis, 0, position) if self.update == APPEND else value
+    @property
+    def is_cache(self) -> bool:
+        """Whether it has a row for each position, rather than one value that stands for all of them."""
+        return self.update != REPLACE
+
+    @property
+    def rows(self) -> int:
+        """Of a cache: how many it has room for."""
+        return self.shape[self.axis]
+
+    def row_count(self, position: int) -> int:
+        """Of a cache: how many rows count for a session at `position`."""
+        return min(position, self.window or position)
+
+    def slots(self, position: int) -> torch.Tensor:
+        """Of a cache: where the rows that count for a session at `position` stand, the oldest first. int64 [rows]"""
+        return self._slots(position - self.row_count(position), position, position)
+
+    def slots_after(self, position: int, count: int) -> torch.Tensor:
+        """Of a cache: where a step of `count` tokens at `position` writes its rows. int64 [count]"""
+        return self._slots(position, position + count, position + count)
+
+    def _slots(self, first: int, end: int, position: int) -> torch.Tensor:
+        """Where the rows of positions `first` to `end` stand once `position` tokens are taken."""
+        places = torch.arange(first, end)
+        if self.update == RING:
+            return places % self.rows
+        if self.update == SLIDE:
+            return places - (position - self._resident(position))
+        return places - (position - self.rows) if self.update == SHIFT else places
+
+    def _resident(self, position: int) -> int:
+        """Of `slide`: how many rows are left (ONNX Runtime's GroupQueryAttention with a windowed cache)."""
+        if position <= self.rows:
+            return position
+        evicted = self.rows - self.window + 1
+        return position - evicted * -(-(position - self.rows) // evicted)
+
+    def kept(self, value: torch.Tensor, position: int) -> torch.Tensor:
+        """A copy of what of its value counts for a session at `position`; of a cache, the rows, the oldest first."""
+        return value.index_select(self.axis, self.slots(position)) if self.is_cache else value.clone()
+
+    def put_back(self, value: torch.Tensor, kept: torch.Tensor, position: int) -> None:
+        """Write what `kept` gave at `position` into a value."""
+        if self.is_cache:
+            value.index_copy_(self.axis, self.slots(position), kept)
+        else:
+            value.copy_(kept)
 
     def update_with(self, value: torch.Tensor, new: torch.Tensor, position: int, count: int) -> None:
         """Take over what a step of `count` tokens at `position` gave: the next value, or rows, of which `count` count.
 
         Rows past those are padding.
         """
-        if self.update == APPEND:
-            value.narrow(self.axis, position, count).copy_(new.narrow(self.axis, 0, count))
-        else:
+        if self.update in (REPLACE, SHIFT):
             value.copy_(new)
+        else:
+            value.index_copy_(self.axis, self.slots_after(position, count), new.narrow(self.axis, 0, count))
 
-    def filled_shape(self, position: int) -> tuple[int, ...]:
-        """The shape of that."""
-        return (*self.shape[:self.axis], position, *self.shape[self.axis + 1:]) if self.update == APPEND else self.shape
+    def repeat_rows(self, value: torch.Tensor, taken: int, position: int) -> None:
+        """Of a cache that has the rows of `taken` positions: the last of them again and again, up to `position`.
+
+        In pieces, so that no more memory is in use afterwards than the rows take.
+        """
+        have = max(taken, 1)
+        source = value.index_select(self.axis, self.slots(have)[-_REPEATED:])
+        count = source.shape[self.axis]
+        for start in range(position - self.row_count(position) if self.window else taken, position, count):
+            end = min(start + count, position)
+            value.index_copy_(self.axis, self._slots(start, end, position), source.narrow(self.axis, 0, end - start))
+
+    def survives(self, position: int, count: int) -> bool:
+        """Whether all that counts at `position` stands where it stood after a step of `count` tokens."""
+        if self.update == APPEND:
+            return True
+        if self.update == RING:
+            return self.row_count(position) + count <= self.rows
+        return self.update == SLIDE and self._resident(position + count) == self._resident(position) + count
+
+    def kept_shape(self, position: int) -> tuple[int, ...]:
+        """The shape of what `kept` gives."""
+        if not self.is_cache:
+            return self.shape
+        return (*self.shape[:self.axis], self.row_count(position), *self.shape[self.axis + 1:])
 
     def converted(self, value: torch.Tensor, to: StateTensor, position: int) -> torch.Tensor:
-        """What a session at `position` has written, in the layout and the floating-point type of another backend.
+        """What `kept` gave at `position`, in the layout and the floating-point type of another backend.
 
         Caches differ in where their positions stand, conv states in which of their two sizes is last. Raises
         BundleError where more than that is different: 8-bit caches are not made of others, nor others of them.
         """
-        same = (self.kind, self.update, len(self.shape)) == (to.kind, to.update, len(to.shape))
-        if same and self.update == APPEND:
+        same = (self.kind, self.is_cache, self.window, len(self.shape)) == (
+            to.kind, to.is_cache, to.window, len(to.shape))
+        if same and self.is_cache:
             value = value.movedim(self.axis, to.axis)
         elif same and value.shape != to.shape:
             value = value.mT  # [1, hidden, taps - 1] <-> [1, taps - 1, hidden]
-        if not same or value.shape != to.filled_shape(position):
+        if not same or value.shape != to.kept_shape(position):
             raise BundleError(f"{to.name} is a {self.kind} of {list(self.shape)} there and a {to.kind} of "
                               f"{list(to.shape)} here")
         if self.dtype != to.dtype and not (self.torch_dtype.is_floating_point and to.torch_dtype.is_floating_point):
@@ -138,36 +232,21 @@ class StateSpec:
 
     @classmethod
     def of(cls, config: ModelConfig, context: int, kv_dtype: str = "float32", layout: StateLayout = _AS_THE_REFERENCE,
-           conv_dtype: str = "float32") -> StateSpec:
+           conv_dtype: str = "float32", chunk: int = 1) -> StateSpec:
         """The state of `config` at a context of `context` tokens.
 
         conv: [1, hidden, taps - 1], the last columns of B*x (none where there is a single tap)
-        key, value: [1, context, kv_heads, head_dim]; at `kv_dtype` int8 with a float32 scale and an int8 zero
-            point for each position and head, [1, context, kv_heads, 1]
-        layout: where a backend wants other shapes
+        key, value: [1, rows, kv_heads, head_dim]; at `kv_dtype` int8 with a float32 scale and an int8 zero
+            point for each position and head, [1, rows, kv_heads, 1]. There are as many rows as the context has
+            positions, or, in layers that look through a window, as many as the layout needs
+        layout: where a backend wants other shapes; chunk: most tokens that one step takes
         """
         tensors: list[StateTensor] = []
-        heads, past = config.num_key_value_heads, config.conv_taps - 1
-        rows = (1, heads, context) if layout.kv_heads_first else (1, context, heads)
-        conv = (1, past, config.hidden_size) if layout.conv_channels_last else (1, config.hidden_size, past)
-
-        def cache(layer: int, kind: str, width: int, dtype: str, initial: float = 0.0) -> StateTensor:
-            name = f"past_key_values.{layer}.{kind}"
-            if layout.keys_transposed and kind == "key":
-                return StateTensor(name, layer, kind, (1, heads, width, context), dtype, APPEND, initial, 3)
-            return StateTensor(name, layer, kind, (*rows, width), dtype, APPEND, initial,
-                               2 if layout.kv_heads_first else 1)
-
-        for layer in range(config.num_layers):
-            if layer in config.conv_layers:
-                if config.conv_taps > 1:
-                    tensors.append(StateTensor(f"past_conv.{layer}", layer, "conv", conv, conv_dtype, REPLACE))
-                continue
-            for part in ("key", "value"):
-                tensors.append(cache(layer, part, config.head_dim, kv_dtype))
-                if kv_dtype == "int8" and not layout.kv_heads_first:
-                    tensors.append(cache(layer, f"{part}_scale", 1, "float32", 1.0))
-                    tensors.append(cache(layer, f"{part}_zero_point", 1, "int8"))
+        for layer, kind in enumerate(config.layer_types):
+            if kind == CONV:
+                tensors += _conv_state(config, layer, layout, conv_dtype)
+            else:
+                tensors += _caches(config, layer, context, kv_dtype, layout, chunk)
         return cls(tuple(tensors), context)
 
     @property
@@ -198,9 +277,16 @@ class StateSpec:
         """Bytes of the conv state, or of the KV cache."""
         return sum(tensor.nbytes for tensor in self.tensors if (tensor.kind == "conv") == conv)
 
+    def filled_bytes(self, position: float) -> int:
+        """Bytes of what is filled of the KV caches after so many tokens."""
+        return round(sum(tensor.nbytes * min(position / tensor.rows, 1.0)
+                         for tensor in self.tensors if tensor.is_cache))
+
     def to_dict(self) -> dict[str, Any]:
         """The layout as the manifest holds it."""
-        return {"context": self.context, "tensors": [asdict(tensor) for tensor in self.tensors]}
+        return {"context": self.context,
+                "tensors": [{key: value for key, value in asdict(tensor).items() if key != "window" or value}
+                            for tensor in self.tensors]}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> StateSpec:
@@ -224,12 +310,16 @@ def _tensor(raw: dict[str, Any]) -> StateTensor:
     """One entry of a layout, each value of the kind that it must be. Raises ValueError, KeyError or TypeError."""
     tensor = StateTensor(text(raw["name"]), whole_number(raw["layer"]), _one_of(KINDS, raw["kind"]),
                          tuple(whole_number(size) for size in raw["shape"]), _one_of(DTYPES, raw["dtype"]),
-                         _one_of((REPLACE, APPEND), raw["update"]), float(raw.get("initial", 0.0)),
-                         whole_number(raw.get("axis", 1)))
+                         _one_of(UPDATES, raw["update"]), float(raw.get("initial", 0.0)),
+                         whole_number(raw.get("axis", 1)), whole_number(raw.get("window", 0)))
     if not math.isfinite(tensor.initial):
         raise ValueError(f"{tensor.name} begins with {tensor.initial}")
     if not 2 <= len(tensor.shape) <= 4 or tensor.axis >= len(tensor.shape):
         raise ValueError(f"{tensor.name} has {len(tensor.shape)} dimensions, and positions along number {tensor.axis}")
+    if tensor.update in (RING, SLIDE, SHIFT) and not tensor.window >= 1:
+        raise ValueError(f"{tensor.name} is a {tensor.update} without a window")
+    if tensor.update == SLIDE and tensor.rows < tensor.window:
+        raise ValueError(f"{tensor.name} has {tensor.rows} rows for a window of {tensor.window}")
     return tensor
 
 
@@ -237,6 +327,44 @@ def _one_of(known: tuple[str, ...], value: Any) -> str:
     if value not in known:
         raise ValueError(f"{value!r} is none of {', '.join(known)}")
     return value
+
+
+def _conv_state(config: ModelConfig, layer: int, layout: StateLayout, dtype: str) -> list[StateTensor]:
+    hidden, past = config.hidden_size, config.conv_taps - 1
+    shape = (1, past, hidden) if layout.conv_channels_last else (1, hidden, past)
+    return [StateTensor(f"past_conv.{layer}", layer, "conv", shape, dtype, REPLACE)] if past else []
+
+
+def _caches(config: ModelConfig, layer: int, context: int, dtype: str, layout: StateLayout,
+            chunk: int) -> list[StateTensor]:
+    window = config.window_of(layer)
+    update = layout.window if window else APPEND
+    heads, rows = config.num_key_value_heads, _cache_rows(update, context, window, chunk)
+    tensors: list[StateTensor] = []
+
+    def add(kind: str, width: int, dtype: str, initial: float = 0.0) -> None:
+        shape, axis = ((1, heads, rows, width), 2) if layout.kv_heads_first else ((1, rows, heads, width), 1)
+        if layout.keys_transposed and kind == "key":
+            shape, axis = (1, heads, width, rows), 3
+        tensors.append(StateTensor(f"past_key_values.{layer}.{kind}", layer, kind, shape, dtype, update, initial, axis,
+                                   window))
+
+    for part in ("key", "value"):
+        add(part, config.head_dim, dtype)
+        if dtype == "int8" and not layout.kv_heads_first:
+            add(f"{part}_scale", 1, "float32", 1.0)
+            add(f"{part}_zero_point", 1, "int8")
+    return tensors
+
+
+def _cache_rows(update: str, context: int, window: int, chunk: int) -> int:
+    """How many rows a cache has. A ring has those of a window and of a step: a step can then always be taken back."""
+    if update == APPEND:
+        return context
+    if update == SHIFT:
+        return min(window, context)
+    rows = min(window + chunk, context)
+    return max(rows, window) if update == SLIDE else rows  # GroupQueryAttention wants room for a whole window
 
 
 @dataclass(frozen=True)

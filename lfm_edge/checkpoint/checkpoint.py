@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lfm_edge.config import ModelConfig, token_ids
-from lfm_edge.errors import CheckpointError, ConfigError, LfmEdgeError
-from lfm_edge.files import read_json_object
-from lfm_edge.presets import PRESETS
-from lfm_edge.tokenizer import (
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.fields import token_ids
+from lfm_edge.checkpoint.presets import PRESETS
+from lfm_edge.checkpoint.tokenizer import (
     CHAT_TEMPLATE,
     DEFAULT_TEMPLATE,
     GENERATION_CONFIG,
@@ -36,6 +35,8 @@ from lfm_edge.tokenizer import (
     chat_templates,
     write_chatml_tokenizer,
 )
+from lfm_edge.errors import CheckpointError, ConfigError, LfmEdgeError
+from lfm_edge.files import read_json_object
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 INDEX = "model.safetensors.index.json"
@@ -250,10 +251,10 @@ class RandomCheckpoint(Checkpoint):
         return noise.mul_(fan_in ** -0.5).bfloat16()
 
     def digest(self) -> str:
-        return hashlib.sha256(f"{self.source}:{self.seed}:{self.config}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.source}:{self.seed}:{self.config.identity}".encode()).hexdigest()
 
     def copy_text_files(self, directory: Path) -> None:
-        write_chatml_tokenizer(directory, self.config.vocab_size)
+        write_chatml_tokenizer(directory, self.config.vocab_size, self.config.pad_token_id)
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lfm_edge.checkpoint import RANDOM, Checkpoint, is_hub_id, open_checkpoint
-from lfm_edge.config import ModelConfig
+from lfm_edge.bundle.manifest_checks import check_manifest
+from lfm_edge.bundle.output import new_directory
+from lfm_edge.calibration.kv_scales import KV_SCALES_FILE
+from lfm_edge.checkpoint.checkpoint import RANDOM, Checkpoint, is_hub_id, open_checkpoint
+from lfm_edge.checkpoint.config import ModelConfig
+from lfm_edge.checkpoint.sources import place_of
+from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, CheckpointError, LfmEdgeError
 from lfm_edge.files import read_json_object, text, whole_number
-from lfm_edge.manifest_checks import check_manifest
 from lfm_edge.model.weights import Weights
-from lfm_edge.output import new_directory
-from lfm_edge.quantization.calibration import KV_SCALES_FILE
 from lfm_edge.quantization.recipe import Recipe
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.saved import Origin
-from lfm_edge.sources import place_of
-from lfm_edge.state import StateSpec
+from lfm_edge.session.saved import Origin
+from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import TARGETS, Target, target_named
-from lfm_edge.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
-    from lfm_edge.session import Session
+    from lfm_edge.session.session import Session
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2

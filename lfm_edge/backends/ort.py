@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from lfm_edge.errors import BundleError
 
 if TYPE_CHECKING:
-    from lfm_edge.bundle import Bundle
+    from lfm_edge.bundle.bundle import Bundle
 
 _BINARY = "ep_cache_context"  # of a node that holds a compiled graph: it, or the name of the file with it
 

@@ -1,0 +1,1 @@
+"""What the exporter and the runtime of one backend share."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to a sealed directory, and opening one."""

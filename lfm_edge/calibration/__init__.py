@@ -1,0 +1,1 @@
+"""A whole checkpoint quantized by a recipe, and all that is measured on a text for it."""

@@ -1,0 +1,1 @@
+"""What comes in: config.json, weights, tokenizer; or seeded random ones."""

@@ -1,0 +1,1 @@
+"""A conversation: its state, the steps it takes, saving it, generating from it."""
