@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Lfm2Config, Lfm2ForCausalLM, Lfm3Config, Lfm3ForCausalLM, PreTrainedModel
 
 from lfm_edge.bundle.bundle import Bundle, Manifest
@@ -149,6 +151,14 @@ def save_model(directory: Path, model: PreTrainedModel, *, dtype: torch.dtype = 
         ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (Path(directory) / "generation_config.json").write_text(json.dumps(ids))
     return Path(directory)
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of a checkpoint's file, given and taken as a dictionary."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def assert_verified(bundle: Bundle) -> Verification:

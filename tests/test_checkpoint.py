@@ -16,7 +16,7 @@ from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.checkpoint import checkpoint as module
 from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import CheckpointError, ConfigError
-from tests.helpers import AWKWARD, fill_bundle, hf_model, save_checkpoint
+from tests.helpers import AWKWARD, fill_bundle, hf_model, rewrite, save_checkpoint
 
 CONV = "model.layers.0.conv.conv.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -38,14 +38,6 @@ def checkpoint(published, tmp_path):
 @pytest.fixture
 def sharded(tmp_path):
     return save_checkpoint(tmp_path / "sharded", max_shard_size="100KB")
-
-
-def rewrite(directory, change):
-    """Change the tensors of a checkpoint's file, given and taken as a dictionary."""
-    path = directory / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def rename(new_name):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from lfm_edge import export
 from lfm_edge.calibration.gptq import Feedback, gptq
@@ -12,7 +11,7 @@ from lfm_edge.errors import ExportError
 from lfm_edge.quantization.recipe import Scheme, recipe
 from lfm_edge.quantization.rounding import quantize, quantize_weight, relative_error
 from lfm_edge.targets import target_named
-from tests.helpers import save_checkpoint
+from tests.helpers import rewrite, save_checkpoint
 
 SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 32, two_level=True), Scheme(8, None)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -101,7 +100,7 @@ def test_a_weight_of_zeros_is_no_reason():
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_an_export_of_such_a_weight_is_refused(tmp_path, rounding):
     source = save_checkpoint(tmp_path / "model", layer_types=["conv"])
-    change(source, lambda tensors: tensors[LAYER].mul_(1e-8))
+    rewrite(source, lambda tensors: tensors[LAYER].mul_(1e-8))
     made = recipe(4, 32, 8, "float", rounding=rounding)
     with pytest.raises(ExportError, match=LAYER):
         quantize_checkpoint(open_checkpoint(source), made, windows=torch.arange(3, 35)[None])
@@ -112,13 +111,6 @@ def test_an_export_of_such_a_weight_is_refused(tmp_path, rounding):
 # Rows of the head by the size of their largest number: 8 of each, multiples of the first 8 rows.
 SIZES = {1e-4: 0.02, 2e-5: 0.05, 1e-6: 0.12}
 NOTHING = 1e-8
-
-
-def change(directory, edit):
-    path = directory / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def rows_of(index):
@@ -137,7 +129,7 @@ def with_small_channels(tmp_path_factory):
         for index, size in enumerate([*SIZES, NOTHING]):
             head[rows_of(index)] = head[:8] * size
 
-    change(directory, edit)
+    rewrite(directory, edit)
     return directory
 
 
