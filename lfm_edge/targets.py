@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from lfm_edge.errors import ExportError
-from lfm_edge.session.state import RING, SHIFT, SLIDE, StateLayout
+from lfm_edge.session.layout import RING, SHIFT, SLIDE, StateLayout
 
 
 @dataclass(frozen=True)

@@ -19,31 +19,12 @@ from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.layers import CONV
 from lfm_edge.errors import BundleError, LfmEdgeError
 from lfm_edge.files import text, whole_number
+from lfm_edge.session.layout import APPEND, REPLACE, RING, SHIFT, SLIDE, UPDATES, StateLayout
 
-REPLACE = "replace"
-APPEND, RING, SLIDE, SHIFT = "append", "ring", "slide", "shift"  # of caches: where a position's row stands
-UPDATES = (REPLACE, APPEND, RING, SLIDE, SHIFT)
 KINDS = ("conv", "key", "value", "key_scale", "value_scale", "key_zero_point", "value_zero_point")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 MOST_BYTES = 1 << 40  # of a state that is read from a file
 _REPEATED = 64  # rows that are repeated at once
-
-
-@dataclass(frozen=True)
-class StateLayout:
-    """How a backend wants its state to lie.
-
-    kv_heads_first: caches are [1, kv_heads, context, head_dim] instead of [1, context, kv_heads, head_dim]; at
-        int8 their scales are constants of the program, one for each channel
-    keys_transposed: caches of keys are [1, kv_heads, head_dim, context], where the heads come first
-    conv_channels_last: conv states are [1, taps - 1, hidden] instead of [1, hidden, taps - 1]
-    window: how the caches of sliding-window layers are kept, as `StateTensor.update` says it
-    """
-
-    kv_heads_first: bool = False
-    keys_transposed: bool = False
-    conv_channels_last: bool = False
-    window: str = APPEND
 
 
 @dataclass(frozen=True)
