@@ -11,7 +11,6 @@ from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.harness.rounding import check_rounding, error_share
 from lfm_edge.harness.verify import verify
-from lfm_edge.quantization import rounding
 from lfm_edge.quantization.recipe import GPTQ, NEAREST, Scheme, recipe
 from lfm_edge.quantization.rounding import quantize
 from lfm_edge.quantization.tensor import QuantizedTensor
@@ -134,10 +133,8 @@ def damaged(monkeypatch):
     """Let the quantizer damage the matrices of one layer, of the export and of `verify` alike."""
 
     def call(layer, damage):
-        original = rounding.quantize_checkpoint
-
         def quantize_wrong(checkpoint, *arguments, **options):
-            found = original(checkpoint, *arguments, **options)
+            found = quantize_checkpoint(checkpoint, *arguments, **options)
             return {name: DAMAGE[damage](weight) if name.startswith(f"model.layers.{layer}.")
                     and isinstance(weight, QuantizedTensor) else weight for name, weight in found.items()}
 
