@@ -169,12 +169,13 @@ def test_what_was_built_and_is_damaged_is_built_again(bundle, tmp_path, monkeypa
         (artifact / "weights").write_bytes(b"whole")
         return 1.0, 2
 
+    model = bundle.source().source  # that cache knows where it is
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("lfm_edge.harness.peers.building._run_builder", build)
     said = []
-    built = prepare(PEERS[GENAI], bundle, None, said.append)
+    built = prepare(PEERS[GENAI], bundle, model, said.append)
     (built.artifact / "weights").write_bytes(bytes(5))
-    again = prepare(PEERS[GENAI], bundle, None, said.append)
+    again = prepare(PEERS[GENAI], bundle, model, said.append)
     assert again == built and (again.artifact / "weights").read_bytes() == b"whole"
     assert any("damaged" in line for line in said)
 
