@@ -63,7 +63,8 @@ def built(request, bundle):
     """Each peer's artifact. (MLX computes 16 bits slowly on this machine: it gets a bundle of float32 to match.)"""
     peer = PEERS[request.param]
     if peer.name == MLX_LM:
-        bundle = Bundle(bundle.directory, replace(bundle.manifest, target="mlx-q4", compute_dtype="float32"))
+        options = replace(bundle.manifest.options, compute_dtype="float32")
+        bundle = Bundle(bundle.directory, replace(bundle.manifest, target="mlx-q4", runtime="mlx", options=options))
     return prepare(peer, bundle, None, silent)
 
 
@@ -169,12 +170,13 @@ def test_what_was_built_and_is_damaged_is_built_again(bundle, tmp_path, monkeypa
         (artifact / "weights").write_bytes(b"whole")
         return 1.0, 2
 
+    model = bundle.source().source  # that cache knows where it is
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("lfm_edge.harness.peers.building._run_builder", build)
     said = []
-    built = prepare(PEERS[GENAI], bundle, None, said.append)
+    built = prepare(PEERS[GENAI], bundle, model, said.append)
     (built.artifact / "weights").write_bytes(bytes(5))
-    again = prepare(PEERS[GENAI], bundle, None, said.append)
+    again = prepare(PEERS[GENAI], bundle, model, said.append)
     assert again == built and (again.artifact / "weights").read_bytes() == b"whole"
     assert any("damaged" in line for line in said)
 
