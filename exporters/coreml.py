@@ -28,6 +28,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.bundle.options import INTERNAL
+from lfm_edge.bundle.parts import Value, next_values, state_values, static_step
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.layers import ATTENTION
 from lfm_edge.errors import ExportError
@@ -45,7 +47,7 @@ from lfm_edge.model.static import (
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.tensor import QuantizedTensor
-from lfm_edge.session.state import APPEND, StateSpec
+from lfm_edge.session.state import APPEND, StateSpec, StateTensor
 
 ARTIFACT = "model.mlpackage"
 PREFILL, DECODE = "prefill", "decode"
@@ -66,7 +68,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     neither inputs nor outputs. Raises ExportError where a type cannot hold what it should.
     """
     _check_types(job)
-    lengths = {DECODE: 1, PREFILL: job.prefill_chunk} if job.prefill_chunk > 1 else {DECODE: 1}
+    lengths = {DECODE: 1, PREFILL: job.options.prefill_chunk} if job.options.prefill_chunk > 1 else {DECODE: 1}
     program = Program()
     program.default_function_name = DECODE
     program.export_as_multifunction = True
@@ -83,7 +85,11 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     _open_to_all(directory / ARTIFACT)
     operations = program.functions[DECODE].operations
     operators = Counter(operation.op_type for operation in operations if operation.op_type != "const")
-    return Artifact(ARTIFACT, _report(job, dict(sorted(operators.items()))), _usage(job))
+    held = [tensor for tensor in job.state.tensors if tensor not in _kept(job)]
+    logits = Value("logits", job.options.compute_dtype, (1, 1, job.config.vocab_size))
+    return Artifact(ARTIFACT, (*static_step(job.options.prefill_chunk), *state_values(held, feature_name)),
+                    (logits, *next_values(held, feature_name)), _report(job, dict(sorted(operators.items()))),
+                    _usage(job))
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
@@ -99,9 +105,9 @@ def feature_name(name: str) -> str:
 
 
 def _check_types(job: ExportJob) -> None:
-    if job.state_mode == "internal" and job.compute_dtype != "float16":
+    if job.options.state == INTERNAL and job.options.compute_dtype != "float16":
         raise ExportError("--state internal: Core ML's states are float16; give --compute-dtype float16")
-    dtype = getattr(torch, job.compute_dtype)
+    dtype = getattr(torch, job.options.compute_dtype)
     for name, weight in job.weights.items():
         if isinstance(weight, QuantizedTensor) and not torch.equal(weight.scales.to(dtype).float(), weight.scales):
             raise ExportError(f"{name}: a scale is too large for float16; give --compute-dtype float32")
@@ -109,10 +115,14 @@ def _check_types(job: ExportJob) -> None:
 
 def _function(job: ExportJob, length: int) -> Function:
     """The MIL function for `length` tokens."""
-    kind = InternalLowering if job.state_mode == "internal" else StaticLowering
-    program = StaticProgram(job.config, job.weights, job.state, kind(length, getattr(torch, job.compute_dtype)))
-    kept = [tensor for tensor in job.state.tensors if tensor.update == APPEND and job.state_mode == "internal"]
-    return MilWriter(program, job.weights, {feature_name(tensor.name) for tensor in kept}).write()
+    kind = InternalLowering if job.options.state == INTERNAL else StaticLowering
+    program = StaticProgram(job.config, job.weights, job.state, kind(length, getattr(torch, job.options.compute_dtype)))
+    return MilWriter(program, job.weights, {feature_name(tensor.name) for tensor in _kept(job)}).write()
+
+
+def _kept(job: ExportJob) -> list[StateTensor]:
+    """What of the state the program keeps."""
+    return [tensor for tensor in job.state.tensors if tensor.update == APPEND and job.options.state == INTERNAL]
 
 
 def _open_to_all(package: Path) -> None:
@@ -334,8 +344,8 @@ def _report(job: ExportJob, operators: dict[str, int]) -> dict[str, Any]:
     sizes = {"context": job.state.context, "hidden size": job.config.hidden_size, "head": job.config.head_dim}
     uneven = [f"{name} {size}" for name, size in sizes.items() if size % _ENGINE_MULTIPLE]
     reasons = {
-        "it computes in float16": job.compute_dtype != "float16",
-        "programs with states were seen to fail on it": job.state_mode == "internal",
+        "it computes in float16": job.options.compute_dtype != "float16",
+        "programs with states were seen to fail on it": job.options.state == INTERNAL,
         f"states were seen to fail on it whose size is no multiple of {_ENGINE_MULTIPLE} ({', '.join(uneven)})": uneven,
     }
     off = [reason for reason, applies in reasons.items() if applies]
@@ -359,10 +369,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _usage(job: ExportJob) -> str:
-    internal = job.state_mode == "internal"
-    prefill = _PREFILL_USAGE.replace("CHUNK", str(job.prefill_chunk)) if job.prefill_chunk > 1 else ""
+    internal = job.options.state == INTERNAL
+    prefill = _PREFILL_USAGE.replace("CHUNK", str(job.options.prefill_chunk)) if job.options.prefill_chunk > 1 else ""
     return (_USAGE.replace("PREFILL", prefill).replace("STATE", _INTERNAL_USAGE if internal else _EXPLICIT_USAGE)
-            .replace("TYPE", job.compute_dtype))
+            .replace("TYPE", job.options.compute_dtype))
 
 
 _USAGE = """\

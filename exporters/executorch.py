@@ -29,6 +29,8 @@ from torch.nn import functional as F
 
 from exporters import xnnpack
 from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.bundle.options import EXPLICIT, INTERNAL
+from lfm_edge.bundle.parts import TOKENS, Value, state_values
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.layers import SLIDING
 from lfm_edge.errors import ExportError
@@ -55,9 +57,9 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     With internal state it is `forward(tokens, position)` with the metadata of the stock LLM runners.
     """
     decoder = Decoder(job.config, job.weights, job.state, XnnpackLowering())
-    internal = job.state_mode == "internal"
+    internal = job.options.state == INTERNAL
     module = InternalState(decoder) if internal else ExplicitState(decoder)
-    scored = 1 if internal else min(_SCORED, job.prefill_chunk)
+    scored = 1 if internal else min(_SCORED, job.options.prefill_chunk)
     progress("trace")
     with _quiet(), torch.no_grad():
         program = _trace(module, job)
@@ -73,7 +75,10 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
         compiled.write_to_file(file)
     usage, written = _INTERNAL_USAGE if internal else _EXPLICIT_USAGE, compiled.exported_program()
     _forget_weights(program, edge.exported_program(), written)
-    return Artifact(ARTIFACT, _delegation(written), usage, scored=scored)
+    inputs = (Value("tokens", "int64", (1, TOKENS)), Value("position", "int64", (1,)),
+              *(() if internal else state_values(job.state.tensors)))
+    logits = Value("logits", "float32", (1, f"min({TOKENS}, {scored})" if scored > 1 else 1, job.config.vocab_size))
+    return Artifact(ARTIFACT, inputs, (logits,), _delegation(written), usage, scored=scored)
 
 
 def _forget_weights(*programs: ExportedProgram) -> None:
@@ -415,11 +420,11 @@ back to position 0 begins a new conversation.
 
 
 def _trace(module: nn.Module, job: ExportJob) -> ExportedProgram:
-    length = min(job.prefill_chunk, 2)  # traced with 2 tokens, as 1 would be taken for a constant
+    length = min(job.options.prefill_chunk, 2)  # traced with 2 tokens, as 1 would be taken for a constant
     arguments = (torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    dynamic: dict[str, Any] = {"tokens": {1: Dim("T", min=1, max=job.prefill_chunk)} if length > 1 else None,
+    dynamic: dict[str, Any] = {"tokens": {1: Dim("T", min=1, max=job.options.prefill_chunk)} if length > 1 else None,
                                "position": None}
-    if job.state_mode == "explicit":
+    if job.options.state == EXPLICIT:
         arguments += tuple(job.state.fresh())
         dynamic["state"] = (None,) * len(job.state.tensors)
     return torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False,
@@ -430,7 +435,7 @@ def _metadata(job: ExportJob) -> dict[str, Any]:
     """The constant methods that the stock LLM runners ask for."""
     begin = {} if job.config.bos_token_id is None else {"get_bos_id": job.config.bos_token_id}
     return {
-        "get_max_seq_len": job.prefill_chunk, "get_max_context_len": job.state.context,
+        "get_max_seq_len": job.options.prefill_chunk, "get_max_context_len": job.state.context,
         "get_vocab_size": job.config.vocab_size, **begin,
         "get_eos_ids": list(job.config.eos_token_ids), "use_kv_cache": True, "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from exporters.gguf_vocabulary import Vocabulary
 from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.bundle.parts import TOKENS, Value
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import ExportError
@@ -51,7 +52,8 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     vocabulary.add_to(writer)
     write_tensors(writer, job.config, job.weights, formats)
     counts = Counter(one.name for one in formats.values())
-    return Artifact(MODEL, {"tensors": dict(counts), "pre-tokenizer": vocabulary.pre},
+    tokens, logits = Value("tokens", "int32", (TOKENS,)), Value("logits", "float32", (job.config.vocab_size,))
+    return Artifact(MODEL, (tokens,), (logits,), {"tensors": dict(counts), "pre-tokenizer": vocabulary.pre},
                     _USAGE.replace("CONTEXT", str(job.state.context)))
 
 

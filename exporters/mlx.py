@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.bundle.parts import Value, next_values, state_values, static_step
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.model.static import ShiftedSum, StaticLowering, StaticProgram, constants_of
@@ -46,14 +47,18 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     A function has prefill and decode: `f(tokens, position, [valid,] *state, **weights) -> [logits, *next]`, in the
     shapes and types of `StaticProgram`.
     """
-    entries = stored(job.weights, job.compute_dtype)
+    entries = stored(job.weights, job.options.compute_dtype)
     progress("write the weights")
     write_safetensors(directory / WEIGHTS, entries)
     (directory / "config.json").write_text(json.dumps(mlx_lm_config(job), indent=2) + "\n")
     progress("trace")
     steps = Steps(job)
     progress("write the functions")
-    return Artifact(WEIGHTS, write_functions(steps, job, entries, directory), _usage(job))
+    tensors = job.state.tensors
+    logits = Value("logits", job.options.compute_dtype, (1, 1, job.config.vocab_size))
+    return Artifact(WEIGHTS, (*static_step(job.options.prefill_chunk), *state_values(tensors)),
+                    (logits, *next_values(tensors)), write_functions(steps, job, entries, directory), _usage(job),
+                    files=(CPU_FUNCTION, GPU_FUNCTION))
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
@@ -187,7 +192,7 @@ class Steps:
     """The network for each number of tokens that a step may take."""
 
     def __init__(self, job: ExportJob) -> None:
-        dtype = getattr(torch, job.compute_dtype)
+        dtype = getattr(torch, job.options.compute_dtype)
         # Converted before they are traced: so the tensors of the traces are these, and their names are known.
         self.weights = {name: QuantizedTensor(weight.ints, weight.scales.to(dtype), weight.bits)
                         if isinstance(weight, QuantizedTensor) else weight.to(dtype)
@@ -195,7 +200,7 @@ class Steps:
         self.names = {(weight.ints if isinstance(weight, QuantizedTensor) else weight).data_ptr(): name
                       for name, weight in self.weights.items()}
         self.traces = {length: StaticProgram(job.config, self.weights, job.state, MlxLowering(length, dtype)).trace()
-                       for length in sorted({job.prefill_chunk, 1}, reverse=True)}
+                       for length in sorted({job.options.prefill_chunk, 1}, reverse=True)}
         self.constants: dict[Any, mx.array] = {}
 
     def run(self, operators: Operators, tokens: mx.array, *inputs: mx.array, **weights: mx.array) -> list[mx.array]:

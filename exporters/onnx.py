@@ -23,6 +23,7 @@ from torch.onnx import ops
 
 from exporters.external_data import INLINE_BYTES, ExternalData
 from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.bundle.parts import Value
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.layers import ATTENTION, CONV, SLIDING
 from lfm_edge.errors import ExportError
@@ -67,7 +68,9 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     files = _write(model, lowering.packed, directory / "onnx" / name)
     _write_json(directory / "config.json", transformers_js_config(job, name, files))
     _write_json(directory / "genai_config.json", genai_config(job, f"onnx/{name}"))
-    return Artifact(f"onnx/{name}", _operators(model.graph), _usage(job, f"onnx/{name}"), scored=job.prefill_chunk)
+    inputs, outputs = (tuple(map(_described, values)) for values in (model.graph.inputs, model.graph.outputs))
+    return Artifact(f"onnx/{name}", inputs, outputs, _operators(model.graph), _usage(job, f"onnx/{name}"),
+                    scored=job.options.prefill_chunk)
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:
@@ -77,6 +80,12 @@ def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str,
     for name, buffer in decoder.named_buffers():
         if buffer.data_ptr() in lowering.packed:
             yield name, lowering.packed[buffer.data_ptr()].make().tobytes()
+
+
+def _described(value: ir.Value) -> Value:
+    """An input or an output of the graph, for the manifest."""
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return Value(value.name, str(value.dtype.numpy()), shape, optional=value.name == SCORED)
 
 
 def artifact_name(job: ExportJob) -> str:

@@ -41,8 +41,9 @@ from lfm_edge.backends.npu import (
     graphs_of,
     hidden_name,
 )
-from lfm_edge.backends.socs import Soc
+from lfm_edge.backends.socs import Soc, socs_named
 from lfm_edge.bundle.job import Artifact, ExportJob
+from lfm_edge.bundle.parts import TOKENS, Value
 from lfm_edge.calibration import ranges
 from lfm_edge.calibration.ranges import UNIT_INT8, Encoding, Ranges, Watched
 from lfm_edge.checkpoint.config import ModelConfig
@@ -69,7 +70,7 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     (directory / DIRECTORY / GRAPHS).mkdir(parents=True)
     progress("write the embedding")
     _write_embedding(job.weights[EMBEDDING], directory / DIRECTORY)
-    lengths = {PREFILL: job.prefill_chunk} if job.prefill_chunk > 1 else {}
+    lengths = {PREFILL: job.options.prefill_chunk} if job.options.prefill_chunk > 1 else {}
     lengths |= {DECODE: 1}
     programs = {}
     for phase, length in lengths.items():
@@ -80,8 +81,9 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     measured = _measure(job, programs[next(iter(lengths))])
     progress("write the graphs")
     parts = _parts(job)
-    nodes = _write_graphs(programs, measured, parts, directory / DIRECTORY / GRAPHS)
-    return Artifact(DIRECTORY, {"parts": _number_of(parts), "nodes": nodes}, _usage(job), measured)
+    nodes, (inputs, outputs) = _write_graphs(programs, measured, parts, directory / DIRECTORY / GRAPHS)
+    return Artifact(DIRECTORY, inputs, outputs, {"parts": _number_of(parts), "nodes": nodes}, _usage(job),
+                    activation_ranges=measured)
 
 
 def compile_for(socs: Sequence[Soc], directory: Path, progress: Callable[[str], None]) -> dict[str, str]:
@@ -139,7 +141,7 @@ class NpuLowering(StaticLowering):
         return Places(config, self.length)
 
     def embedding(self, weight: Weight) -> nn.Module:
-        return Given()
+        return nn.Identity()  # the host has looked the rows up
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         self.linears_made.append((weight, weight, ""))
@@ -172,14 +174,6 @@ class NpuLowering(StaticLowering):
         names = {id(weight): name for name, weight in weights.items()}
         return {part.ints.data_ptr(): (names[id(whole)] + suffix, part)
                 for whole, part, suffix in self.linears_made}
-
-
-class Given(nn.Module):
-    """What the host has computed already."""
-
-    def forward(self, given: Tensor) -> Tensor:
-        """The same."""
-        return given
 
 
 class Places(nn.Module):
@@ -318,8 +312,8 @@ class NpuProgram(nn.Module):
         rotations = {kind: (given[cos], given[sin]) for kind, (cos, sin, _) in TABLES.items() if cos in given}
         masks = {kind: (given[mask], None) for kind, (_, _, mask) in TABLES.items() if mask in given}
         place = Place(rotations, masks, given.get(CONV_ROWS), given.get(LAST))
-        logits, following = self.decoder(given[EMBEDDINGS], place, list(inputs[len(self.tables):]))
-        return logits, *following
+        x, following = self.decoder.body(given[EMBEDDINGS], place, list(inputs[len(self.tables):]))
+        return self.decoder.head(x), *following
 
     def encodings(self, measured: Ranges) -> dict[str, Encoding]:
         """Of every value of the trace, by its nodes."""
@@ -346,7 +340,7 @@ def _measure(job: ExportJob, program: NpuProgram) -> Ranges:
     def embed(tokens: list[int]) -> np.ndarray:
         return table[tokens].dequantize()[None].numpy()
 
-    session = NpuSession(job.config, job.state, job.prefill_chunk, embed, run)
+    session = NpuSession(job.config, job.state, job.options.prefill_chunk, embed, run)
     for prompt in job.prompts:
         session.reset()
         session.prefill(prompt)
@@ -374,9 +368,12 @@ def _number_of(parts: dict[int, int]) -> int:
 
 
 def _write_graphs(programs: dict[str, NpuProgram], measured: Ranges, parts: dict[int, int],
-                  directory: Path) -> dict[str, int]:
-    """Write the graphs of all parts, and their constants into one file; the number of operators of each."""
-    counts = {}
+                  directory: Path) -> tuple[dict[str, int], list[tuple[Value, ...]]]:
+    """Write the graphs of all parts, and their constants into one file.
+
+    Returns the number of operators of each, and what goes into all of them together and comes out.
+    """
+    counts, described = {}, []
     with ExternalData(directory / "weights.data") as weights:
         for phase, program in programs.items():
             for index, model in enumerate(_models(program, measured, parts, weights)):
@@ -384,7 +381,28 @@ def _write_graphs(programs: dict[str, NpuProgram], measured: Ranges, parts: dict
                 onnx.save(model, directory / name)
                 counts[name] = sum(node.op_type not in ("QuantizeLinear", "DequantizeLinear")
                                    for node in model.graph.node)
-    return counts
+                described.append(model.graph)
+    widest = next(iter(programs.values()))  # that for a chunk takes all that the one for a token does, and more
+    return counts, [_described(names, [value for graph in described for value in getattr(graph, side)])
+                    for names, side in ((widest.inputs, "input"), (widest.outputs, "output"))]
+
+
+def _described(names: Sequence[str], values: Sequence[onnx.ValueInfoProto]) -> tuple[Value, ...]:
+    """Inputs or outputs for the manifest, from those of the graphs for a chunk and for one token."""
+    described = []
+    for name in names:
+        found = [value.type.tensor_type for value in values if value.name == name]
+        sizes = zip(*([dim.dim_value for dim in kind.shape.dim] for kind in found), strict=True)
+        shape = tuple(_dimension(set(each)) for each in sizes)
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(found[0].elem_type))
+        described.append(Value(name, dtype, shape, optional=name in (CONV_ROWS, LAST)))
+    return tuple(described)
+
+
+def _dimension(sizes: set[int]) -> int | str:
+    """One size, or where the graphs differ how it grows with the tokens."""
+    least = min(sizes)
+    return least if len(sizes) == 1 else TOKENS if least == 1 else f"{least}*{TOKENS}"
 
 
 def _models(program: NpuProgram, measured: Ranges, parts: dict[int, int], file: ExternalData) -> list[onnx.ModelProto]:
@@ -472,9 +490,10 @@ def _peak_memory() -> str:
 
 
 def _usage(job: ExportJob) -> str:
-    prefill = _PREFILL_USAGE.replace("CHUNK", str(job.prefill_chunk)) if job.prefill_chunk > 1 else ""
-    return _USAGE.replace("PREFILL", prefill).replace("CHIPS", ", ".join(
-        f"`{DIRECTORY}/{soc.name}` ({soc.product})" for soc in job.socs)).replace("WIDTH", str(job.config.head_dim))
+    prefill = _PREFILL_USAGE.replace("CHUNK", str(job.options.prefill_chunk)) if job.options.prefill_chunk > 1 else ""
+    chips = ", ".join(f"`{DIRECTORY}/{soc.name}` ({soc.product})" for soc in socs_named(job.options.soc))
+    return (_USAGE.replace("PREFILL", prefill).replace("CHIPS", chips)
+            .replace("WIDTH", str(job.config.head_dim)))
 
 
 _USAGE = """\

@@ -105,8 +105,10 @@ def export(
     context: Annotated[int | None, typer.Option(help="Positions that the KV cache holds. (default: 4096, or the "
                                                      "model's limit if lower)", show_default=False)] = None,
     prefill_chunk: Annotated[int, typer.Option(help="Most tokens that one step takes.")] = 128,
-    group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128.")] = 32,
-    head_bits: Annotated[int, typer.Option(help="Bits of embedding and head: 8, or 4 for the last megabytes.")] = 8,
+    group_size: Annotated[int | None, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128. (default: "
+                                                        "32)", show_default=False)] = None,
+    head_bits: Annotated[int | None, typer.Option(help="Bits of embedding and head: 8, or 4 for the last megabytes. "
+                                                       "(default: 8)", show_default=False)] = None,
     compute_dtype: Annotated[str | None, typer.Option(
         help="What the program computes in: float16, bfloat16 or float32, as far as the target has a choice. "
              "(default: the target's own)", show_default=False)] = None,
@@ -140,10 +142,10 @@ def export(
 
     output = output or Path(f"{_name_of(model)}-{target}")
     with _interruption_told(output), _progress() as progress:
-        bundle = run(model, target=target, output=output, context=context, prefill_chunk=prefill_chunk,
-                     group_size=group_size, head_bits=head_bits, compute_dtype=compute_dtype, kv_dtype=kv_dtype,
-                     state=state, soc=soc, rounding=rounding, calibration=calibration, recipe=recipe,
-                     bake_prompt=bake_prompt, force=force, progress=progress)
+        bundle = run(model, target=target, output=output, force=force, progress=progress, context=context,
+                     prefill_chunk=prefill_chunk, group_size=group_size, head_bits=head_bits,
+                     compute_dtype=compute_dtype, kv_dtype=kv_dtype, state=state, soc=soc, rounding=rounding,
+                     calibration=calibration, recipe=recipe, bake_prompt=bake_prompt)
     _show_bundle(bundle)
     _say_written(output, f"; next: lfm-edge verify {_for_a_shell(output)}", before="\n")
 

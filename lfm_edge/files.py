@@ -92,6 +92,13 @@ def whole_number(value: Any, at_least: int = 0) -> int:
     return value
 
 
+def one_of(known: tuple[Any, ...], value: Any) -> Any:
+    """A value of a JSON file that must be one of these, all of one type. Raises ValueError where it is another one."""
+    if type(value) is not type(known[0]) or value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(map(str, known))}")
+    return value
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write and read, beside `path`, which takes its place when the block ends well.

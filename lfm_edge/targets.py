@@ -1,4 +1,4 @@
-"""The table of targets: which exporter and runtime, which recipe, how close is close enough."""
+"""The table of targets: which exporter and runtime, what arithmetic, how close is close enough."""
 
 from __future__ import annotations
 
@@ -60,92 +60,135 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One row of the table.
+class Runtime:
+    """What runs an artifact. A manifest names it, so that a bundle stays with the one that it was made for.
 
-    bits: of the linear layers' weights
-    exporter_name, runtime_name: its modules, `exporters.NAME` and `runtimes.NAME`; the extra has the exporter's name
-    requires: packages that must be importable for it, the runtime first; where its runtime is an extra of its own,
-        those of the exporter
-    runtime_requires: packages that its runtime needs besides; the extra then has the runtime's name
-    compute_dtypes: in what the program may compute, the default first
-    kv_dtypes: of caches, the default first; a floating-point one must be the one that the program computes in, unless
-        the runtime converts
-    converts_kv: whether it does
-    footprint: what its runtime holds in memory
-    two_level: whether 4-bit scales are multiples of one for each row (see `quantization.recipe.Scheme`)
-    calibrated: whether activations have constant scales, which are measured on prompts
-    compiled: whether it is compiled for chips that the user names
+    name: its module, `runtimes.NAME`, with `open_session(bundle, threads)`
+    requires: packages that must be importable for it; extra: what `pip install` brings them with
+    opens: how the names of its artifacts end; empty where they are directories
+    footprint: what it holds in memory
     measured_on: the systems on which its speed and memory mean something, as `sys.platform`, or that and the machine
-    takes_threads: whether its runtime can be told how many threads to use
+    takes_threads: whether it can be told how many threads to use
+    takes_chip: whether `open_session` is told which chip besides, as its artifacts are compiled for some
     """
 
     name: str
-    exporter_name: str
-    runtime_name: str
     requires: tuple[str, ...]
-    bits: int
-    activations: str
-    compute_dtypes: tuple[str, ...]
-    kv_dtypes: tuple[str, ...]
-    state_layout: StateLayout
-    state_modes: tuple[str, ...]
-    artifact: str
-    runs_on: str
-    weights: str
-    thresholds: Thresholds
+    extra: str
+    opens: str
     footprint: Footprint = Footprint()
     measured_on: tuple[str, ...] = ("linux", "darwin")
     takes_threads: bool = True
-    two_level: bool = False
-    calibrated: bool = False
-    compiled: bool = False
-    runtime_requires: tuple[str, ...] = ()
-    converts_kv: bool = False
+    takes_chip: bool = False
 
     @property
     def is_measured_here(self) -> bool:
         """Whether this machine can tell its speed and memory."""
         return bool({sys.platform, f"{sys.platform}-{platform.machine()}"} & set(self.measured_on))
 
+    def module(self) -> ModuleType:
+        """The module. Raises ExportError, with what to install, where a package is missing."""
+        return _imported(f"runtimes.{self.name}", self.requires, self.extra, "running this bundle")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What the programs of a target compute in.
+
+    activations: how they round the inputs of linear layers, one of `quantization.activations.ACTIVATIONS`
+    compute_dtypes: of all that is not quantized, the default first
+    kv_dtypes: of caches, the default first; a floating-point one must be the one that the program computes in, unless
+        the runtime converts
+    converts_kv: whether it does
+    two_level: whether 4-bit scales are multiples of one for each row (see `quantization.recipe.Scheme`)
+    fixed_ranges: whether activations have constant scales, which are measured on prompts
+    """
+
+    activations: str
+    compute_dtypes: tuple[str, ...]
+    kv_dtypes: tuple[str, ...]
+    converts_kv: bool = False
+    two_level: bool = False
+    fixed_ranges: bool = False
+
+    def kv_choices(self, compute_dtype: str) -> tuple[str, ...]:
+        """Types that a cache may have beside it, the default first."""
+        choices = [dtype for dtype in self.kv_dtypes if self.converts_kv or dtype in ("int8", compute_dtype)]
+        return tuple(sorted(choices, key=lambda dtype: not self.converts_kv and dtype != compute_dtype))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table: what it takes to make bundles of a kind.
+
+    exporter_name: its module, `exporters.NAME`; the extra has that name, unless the runtime's holds more
+    requires: packages that the exporter needs
+    runtime: what its bundles run in
+    bits: of the linear layers' weights
+    """
+
+    name: str
+    exporter_name: str
+    requires: tuple[str, ...]
+    runtime: Runtime
+    arithmetic: Arithmetic
+    bits: int
+    state_layout: StateLayout
+    state_modes: tuple[str, ...]
+    artifact: str
+    runs_on: str
+    weights: str
+    thresholds: Thresholds
+
     @property
     def to_install(self) -> str | None:
         """What `pip install` needs to be told before it can be exported to and run; None where all is there."""
-        extra = self.runtime_name if self.runtime_requires else self.exporter_name
-        return f"lfm-edge[{extra}]" if _missing((*self.requires, *self.runtime_requires)) else None
+        return f"lfm-edge[{self.runtime.extra}]" if _missing((*self.requires, *self.runtime.requires)) else None
 
     def exporter(self) -> ModuleType:
         """The module with `export(job, directory, progress)`. Raises ExportError where the backend is missing."""
-        return self._load(f"exporters.{self.exporter_name}")
-
-    def runtime(self) -> ModuleType:
-        """The module with `open_session(bundle, threads)`. Raises ExportError where the backend is missing."""
-        missing = _missing(self.runtime_requires)
-        if missing:
-            raise ExportError(f"running {self.name} needs the package {missing[0]}: "
-                              f"pip install 'lfm-edge[{self.runtime_name}]'")
-        return self._load(f"runtimes.{self.runtime_name}")
+        return _imported(f"exporters.{self.exporter_name}", self.requires, self.exporter_name, self.name)
 
     def check_installed(self) -> None:
         """Raises ExportError, with what to install, where a package that `export` needs is missing."""
-        missing = _missing(self.requires)
-        if missing:
-            raise ExportError(f"{self.name} needs the package {missing[0]}: "
-                              f"pip install 'lfm-edge[{self.exporter_name}]'")
+        _check_importable(self.requires, self.exporter_name, self.name)
 
-    def _load(self, module: str) -> ModuleType:
-        self.check_installed()
-        previous = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # backends warn about optional parts of theirs while they are imported
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports home unless told before its import
-        try:
-            return importlib.import_module(module)
-        finally:
-            logging.disable(previous)
+
+def _imported(module: str, requires: tuple[str, ...], extra: str, purpose: str) -> ModuleType:
+    _check_importable(requires, extra, purpose)
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # backends warn about optional parts of theirs while they are imported
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reports home unless told before its import
+    try:
+        return importlib.import_module(module)
+    finally:
+        logging.disable(previous)
+
+
+def _check_importable(packages: tuple[str, ...], extra: str, purpose: str) -> None:
+    missing = _missing(packages)
+    if missing:
+        raise ExportError(f"{purpose} needs the package {missing[0]}: pip install 'lfm-edge[{extra}]'")
 
 
 def _missing(packages: tuple[str, ...]) -> list[str]:
     return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (
+    Runtime("executorch", ("executorch",), "executorch", ".pte",
+            Footprint(8_000_000, tied_in_file=2, tied_in_memory=2, forgets_table=True)),
+    # MLAS on x86-64 adds a float32 sum to the float32 scale of each group (docs/onnx.md).
+    Runtime("onnxruntime", ("onnxruntime",), "onnx", ".onnx",
+            Footprint(17_000_000, scale_bytes=4, packed_bytes=4, tied_in_memory=2, forgets_table=True)),
+    Runtime("coreml", ("coremltools",), "coreml", ".mlpackage", measured_on=("darwin",), takes_threads=False),
+    Runtime("mlx", ("mlx",), "mlx", ".safetensors", Footprint(scale_bytes=4, whole_cache=True),
+            measured_on=("darwin",), takes_threads=False),
+    Runtime("qnn", ("onnxruntime_qnn",), "qnn", "", measured_on=("linux-aarch64",), takes_threads=False,
+            takes_chip=True),
+    Runtime("llamacpp", ("llama_cpp",), "llamacpp", ".gguf",
+            Footprint(8_000_000, block_columns=32, packs_narrow_head=True, whole_cache=True)),
+)}
 
 
 # XNNPACK rounds activations exactly as the reference does, so what is left is the order of float32 sums: 1e-6 of
@@ -157,11 +200,10 @@ def _missing(packages: tuple[str, ...]) -> list[str]:
 _XNNPACK_PARITY = {"logit_error": 1e-3, "typical_error": 1e-4, "kl_divergence": 1e-6, "noise_factor": 3.0}
 
 _EXECUTORCH = {
-    "exporter_name": "executorch", "runtime_name": "executorch", "requires": ("executorch",),
-    "activations": "int8 rows", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
+    "exporter_name": "executorch", "requires": ("executorch",), "runtime": RUNTIMES["executorch"],
+    "arithmetic": Arithmetic("int8 rows", ("float32",), ("float32", "int8")),
     "state_layout": StateLayout(window=RING), "state_modes": ("explicit", "internal"), "artifact": "model.pte",
     "runs_on": "Android, iOS, Linux (XNNPACK)",
-    "footprint": Footprint(8_000_000, tied_in_file=2, tied_in_memory=2, forgets_table=True),
 }
 
 # The reference rounds activations block by block, as MLAS does on x86-64, and what is said above holds here too:
@@ -170,44 +212,40 @@ _EXECUTORCH = {
 _ONNX_PARITY = _XNNPACK_PARITY
 
 _ONNX = {
-    "exporter_name": "onnx", "runtime_name": "onnxruntime", "requires": ("onnxruntime", "onnxscript"),
-    "activations": "int8 blocks", "compute_dtypes": ("float32",), "kv_dtypes": ("float32", "int8"),
+    "exporter_name": "onnx", "requires": ("onnxruntime", "onnxscript"), "runtime": RUNTIMES["onnxruntime"],
+    "arithmetic": Arithmetic("int8 blocks", ("float32",), ("float32", "int8")),
     "state_layout": StateLayout(kv_heads_first=True, window=SLIDE), "state_modes": ("explicit",),
     "runs_on": "any CPU (ONNX Runtime), browsers",
-    # MLAS on x86-64 adds a float32 sum to the float32 scale of each group (docs/onnx.md).
-    "footprint": Footprint(17_000_000, scale_bytes=4, packed_bytes=4, tied_in_memory=2, forgets_table=True),
 }
 
 # Activations are not rounded to 8 bits here, so nothing tips: in float32 the error is that of sums in another order,
 # 5e-6 of the spread, and in 16 bits it is of the size of the floor.
 _FLOAT_PARITY = {"logit_error": 1e-4, "typical_error": 1e-5, "kl_divergence": 1e-8, "noise_factor": 3.0}
 
-_APPLE = {
-    "activations": "float", "state_layout": StateLayout(kv_heads_first=True, conv_channels_last=True, window=SHIFT),
-    "measured_on": ("darwin",), "takes_threads": False,
-}
+_APPLE_LAYOUT = StateLayout(kv_heads_first=True, conv_channels_last=True, window=SHIFT)
 
 _MLX = {
-    "exporter_name": "mlx", "runtime_name": "mlx", "requires": ("mlx",), "compute_dtypes": ("bfloat16", "float32"),
-    "kv_dtypes": ("bfloat16", "float32"), "state_modes": ("explicit",), "artifact": "model.safetensors",
-    "runs_on": "Apple silicon (MLX)", "footprint": Footprint(scale_bytes=4, whole_cache=True),
+    "exporter_name": "mlx", "requires": ("mlx",), "runtime": RUNTIMES["mlx"],
+    "arithmetic": Arithmetic("float", ("bfloat16", "float32"), ("bfloat16", "float32")),
+    "state_layout": _APPLE_LAYOUT, "state_modes": ("explicit",), "artifact": "model.safetensors",
+    "runs_on": "Apple silicon (MLX)",
 }
 
 _COREML = {
-    "exporter_name": "coreml", "runtime_name": "coreml", "requires": ("coremltools",),
-    "compute_dtypes": ("float16", "float32"), "kv_dtypes": ("float16", "float32"),
-    "state_modes": ("explicit", "internal"), "artifact": "model.mlpackage", "runs_on": "iOS 18, macOS 15 (Core ML)",
+    "exporter_name": "coreml", "requires": ("coremltools",), "runtime": RUNTIMES["coreml"],
+    "arithmetic": Arithmetic("float", ("float16", "float32"), ("float16", "float32")),
+    "state_layout": _APPLE_LAYOUT, "state_modes": ("explicit", "internal"), "artifact": "model.mlpackage",
+    "runs_on": "iOS 18, macOS 15 (Core ML)",
 }
 
 # The NPU computes in integers of 16 bits whose scales were fixed beforehand; see docs/npu.md for what that costs.
 _NPU_PARITY = {"logit_error": 0.09, "typical_error": 0.03, "kl_divergence": 1e-3, "noise_factor": 3.0}
 
 _NPU = {
-    "exporter_name": "qnn", "runtime_name": "qnn", "requires": ("onnxruntime_qnn",), "activations": "float",
-    "compute_dtypes": ("int16",), "kv_dtypes": ("int8",), "state_modes": ("explicit",), "artifact": "npu/CHIP",
+    "exporter_name": "qnn", "requires": ("onnxruntime_qnn",), "runtime": RUNTIMES["qnn"],
+    "arithmetic": Arithmetic("float", ("int16",), ("int8",), two_level=True, fixed_ranges=True),
     "state_layout": StateLayout(kv_heads_first=True, keys_transposed=True, conv_channels_last=True, window=RING),
-    "runs_on": "Snapdragon NPU (ONNX Runtime, QNN)", "measured_on": ("linux-aarch64",), "takes_threads": False,
-    "two_level": True, "calibrated": True, "compiled": True,
+    "state_modes": ("explicit",), "artifact": "npu", "runs_on": "Snapdragon NPU (ONNX Runtime, QNN)",
 }
 
 # The reference rounds activations as ggml's kernels do, and what is said above holds here too where attention is in
@@ -216,11 +254,10 @@ _NPU = {
 _GGUF_PARITY = _XNNPACK_PARITY
 
 _GGUF = {
-    "exporter_name": "gguf", "runtime_name": "llamacpp", "requires": ("gguf",), "runtime_requires": ("llama_cpp",),
-    "activations": "q8_0", "compute_dtypes": ("float32",), "kv_dtypes": ("float16", "float32"), "converts_kv": True,
+    "exporter_name": "gguf", "requires": ("gguf",), "runtime": RUNTIMES["llamacpp"],
+    "arithmetic": Arithmetic("q8_0", ("float32",), ("float16", "float32"), converts_kv=True),
     "state_layout": StateLayout(), "state_modes": ("explicit",), "artifact": "model.gguf",
     "runs_on": "any CPU (llama.cpp)",
-    "footprint": Footprint(8_000_000, block_columns=32, packs_narrow_head=True, whole_cache=True),
 }
 
 # What quantization may cost, mean KL(float32 || quantized reference) in nats, by the fewest bits that any weight has.
@@ -245,13 +282,13 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
            artifact="onnx/model_quantized.onnx",
            thresholds=Thresholds(**_ONNX_PARITY, task_drop=_TASK_DROP_8), **_ONNX),
     Target("coreml-q4", bits=4, weights="int4 groups, int8 head, float16 activations",
-           thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_4), **_COREML, **_APPLE),
+           thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_4), **_COREML),
     Target("coreml-q8", bits=8, weights="int8 per channel, float16 activations",
-           thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_8), **_COREML, **_APPLE),
+           thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_8), **_COREML),
     Target("mlx-q4", bits=4, weights="int4 groups, int8 head, bfloat16 activations",
-           thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_4), **_MLX, **_APPLE),
+           thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_4), **_MLX),
     Target("mlx-q8", bits=8, weights="int8 per channel, bfloat16 activations",
-           thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_8), **_MLX, **_APPLE),
+           thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_8), **_MLX),
     Target("npu-q4", bits=4, weights="int4 groups, int8 head, int16 activations",
            thresholds=Thresholds(**_NPU_PARITY, task_drop=_TASK_DROP_4), **_NPU),
     Target("npu-q8", bits=8, weights="int8 per channel, int16 activations",

@@ -121,11 +121,11 @@ class CoreMlSession(Session):
 
     def __init__(self, bundle: Bundle, host: Host) -> None:
         manifest = bundle.manifest
-        explicit = manifest.state_mode == "explicit"
+        explicit = manifest.options.state == "explicit"
         held = tuple(tensor for tensor in manifest.state.tensors if explicit or tensor.update != APPEND)
-        super().__init__(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
+        super().__init__(manifest.state, manifest.config.vocab_size, manifest.options.prefill_chunk, held)
         self.host = host
-        self.arithmetic = manifest.compute_dtype
+        self.arithmetic = manifest.options.compute_dtype
         self.remark = host.remark
 
     def _room(self) -> int:

@@ -28,9 +28,9 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     table.unlock()  # ExecuTorch's loader locks constants where the process may lock memory
     table.forget()
     manifest = bundle.manifest
-    held = () if manifest.state_mode == "internal" else manifest.state.tensors
-    session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk, held)
-    session.forward, session.scored, session.table = forward, manifest.scored, table
+    held = () if manifest.options.state == "internal" else manifest.state.tensors
+    session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.options.prefill_chunk, held)
+    session.forward, session.scored, session.table = forward, manifest.decoder.scored, table
     return session
 
 

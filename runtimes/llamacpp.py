@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from llama_cpp import _logger
 
-from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.cores import usable_cores
 from lfm_edge.errors import BundleError, LfmEdgeError
@@ -69,7 +70,7 @@ def _model_params() -> Any:
 def _context_params(manifest: Manifest, threads: int | None) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = manifest.state.context
-    params.n_batch = params.n_ubatch = manifest.prefill_chunk
+    params.n_batch = params.n_ubatch = manifest.options.prefill_chunk
     params.n_threads = params.n_threads_batch = threads or usable_cores()
     params.type_k = params.type_v = _TYPES[_cache_dtype(manifest.state)]
     params.flash_attn_type = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if _is_flash(manifest.state)
@@ -120,7 +121,7 @@ class LlamaCppSession(Session):
         self.memory = llama_cpp.llama_get_memory(context)
         self.layout = StateBytes(manifest.state, manifest.config)
         weakref.finalize(self, _free, context, model)
-        super().__init__(manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+        super().__init__(manifest.state, manifest.config.vocab_size, manifest.options.prefill_chunk)
 
     @property
     def state(self) -> list[torch.Tensor]:

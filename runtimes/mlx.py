@@ -32,7 +32,7 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     manifest, on_gpu = bundle.manifest, mx.metal.is_available()
     path = bundle.listed(GPU_FUNCTION if on_gpu else CPU_FUNCTION)
     session = MlxSession(load_function(path), load_weights(bundle.artifact), manifest.state, manifest.config.vocab_size,
-                         manifest.prefill_chunk, manifest.compute_dtype)
+                         manifest.options.prefill_chunk, manifest.options.compute_dtype)
     session.remark = "" if on_gpu else "computed by MLX on the CPU, not by an Apple GPU"
     try:
         for length in {1, session.chunk}:

@@ -55,8 +55,8 @@ def _opened(bundle: Bundle, graph: Path, threads: int | None) -> Session:
         program = load(graph, threads)
         MappedPages.of(graph.parent).page_out()  # packing reads every scale, and what is packed has a copy of them
         table = _embedding_pages(graph, others).if_worth_forgetting
-    session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
-    session.scored, session.table = manifest.scored, table
+    session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.options.prefill_chunk)
+    session.scored, session.table = manifest.decoder.scored, table
     return session
 
 
@@ -116,7 +116,7 @@ def _pack(bundle: Bundle, place: Path) -> None:
 def _trial(bundle: Bundle, program: onnxruntime.InferenceSession) -> Logits:
     """Logits of a short prompt and of one more token, which take different kernels."""
     manifest = bundle.manifest
-    session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.prefill_chunk)
+    session = OnnxSession(program, manifest.state, manifest.config.vocab_size, manifest.options.prefill_chunk)
     prompt = [index % manifest.config.vocab_size for index in range(min(7, manifest.state.context - 1))]
     return np.concatenate([session.prefill(prompt), session.decode(0)])
 
@@ -156,10 +156,10 @@ def packed_directory(bundle: Bundle) -> Path:
 
     What a graph names as its data lies beside it, under any name.
     """
-    folder = PurePosixPath(bundle.manifest.artifact).parent
+    folder = PurePosixPath(bundle.manifest.decoder.artifact).parent
     parts = [(name, entry["sha256"]) for name, entry in sorted(bundle.manifest.files.items())
              if PurePosixPath(name).is_relative_to(folder)]
-    key = [_FORMAT, bundle.manifest.artifact, parts, onnxruntime.__version__, _processor()]
+    key = [_FORMAT, bundle.manifest.decoder.artifact, parts, onnxruntime.__version__, _processor()]
     return cache_directory() / "onnxruntime" / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
 

@@ -32,7 +32,8 @@ def open_session(bundle: Bundle, threads: int | None = None, soc: str | None = N
     embed = Embedding(bundle.artifact / "embedding.onnx")
     manifest = bundle.manifest
     arithmetic = "int16 of v68" if chip.htp_arch == 68 else "int16"
-    return NpuSession(manifest.config, manifest.state, manifest.prefill_chunk, embed, host.run, arithmetic, host.remark)
+    return NpuSession(manifest.config, manifest.state, manifest.options.prefill_chunk, embed, host.run, arithmetic,
+                      host.remark)
 
 
 def chips(bundle: Bundle) -> list[Soc]:

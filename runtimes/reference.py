@@ -34,6 +34,8 @@ class ReferenceSession(Session):
     chunk: most tokens a step takes; all at once by default
     """
 
+    takes_embeddings = True
+
     def __init__(self, config: ModelConfig, weights: Weights, spec: StateSpec, *,
                  activations: str = "float", chunk: int | None = None) -> None:
         super().__init__(spec, config.vocab_size, chunk or spec.context)
@@ -64,6 +66,12 @@ class ReferenceSession(Session):
 
     def _step(self, tokens: list[int]) -> Logits:
         return self._scored_step(tokens, 1)[0]
+
+    def _embedded_step(self, embeddings: NDArray[np.float32]) -> Logits:
+        with torch.no_grad():
+            x, self.state = self.decoder.body(torch.from_numpy(embeddings)[None], torch.tensor([self.position]),
+                                              self.state)
+            return self.decoder.head(x)[0, 0].numpy()
 
     def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
         with torch.no_grad():

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Lfm2Config, Lfm2ForCausalLM, Lfm3Config, Lfm3ForCausalLM, PreTrainedModel
 
-from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.bundle.manifest import Manifest
+from lfm_edge.bundle.options import ExportOptions
+from lfm_edge.bundle.parts import DECODER, Part
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
 from lfm_edge.harness.verify import Verification, verify
 from lfm_edge.quantization.recipe import recipe
-from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import TARGETS
 
 REPO = Path(__file__).parent.parent
@@ -177,14 +180,25 @@ def assert_verified(bundle: Bundle) -> Verification:
 def fill_bundle(directory: Path, artifact: bytes = b"not a real program", target: str = "android-q4",
                 name: str = "model.pte") -> None:
     """Write a sealed bundle into `directory` whose artifact no runtime can load. name: of the artifact's first file"""
-    config, layout = ModelConfig.from_dict(hf_config().to_dict()), TARGETS[target].state_layout
     (directory / name).write_bytes(artifact)
+    config = ModelConfig.from_dict(hf_config().to_dict())
     write_chatml_tokenizer(directory, config.vocab_size)
-    Manifest(target=target, artifact=name if name.endswith(".onnx") else name.split("/")[0], compute_dtype="float32",
-             state_mode="explicit", prefill_chunk=16, config=config,
-             recipe=recipe(4, 32, 8, "int8 rows"), state=StateSpec.of(config, 64, layout=layout), lowering={},
-             source="made by a test", source_sha256="0" * 64, licence="none", weights_sha256="0" * 64,
-             versions={"lfm-edge": "0"}).write(directory)
+    made = manifest_of(config, target, name if name.endswith(".onnx") else name.split("/")[0], context=64,
+                       prefill_chunk=16, compute_dtype="float32", kv_dtype="float32")
+    replace(made, versions={"lfm-edge": "0"}).write(directory)
+
+
+def manifest_of(config: ModelConfig, target: str, artifact: str | None = None, **options: Any) -> Manifest:
+    """The manifest of a bundle that nobody has exported."""
+    row = TARGETS[target]
+    chosen = ExportOptions(**options).checked(row).for_model(config)
+    return Manifest(
+        target=target, runtime=row.runtime.name, options=chosen,
+        parts=(Part(DECODER, DECODER, artifact or row.artifact),), config=config,
+        recipe=recipe(row.bits, chosen.group_size, chosen.head_bits, row.arithmetic.activations,
+                      row.arithmetic.two_level),
+        state=chosen.state_spec(config, row.state_layout), state_layout=row.state_layout, source="made by a test",
+        source_sha256="0" * 64, licence="none", weights_sha256="0" * 64, versions={})
 
 
 def example(name: str) -> ModuleType:

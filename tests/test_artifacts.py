@@ -26,7 +26,7 @@ def awkward_bundle(request, tmp_path_factory):
     config = ALL_AT_ONCE | ({"conv_bias": False} if request.param == "gguf-q4" else {})
     return export(save_checkpoint(folder / "model", max_shard_size="100KB", **config), target=request.param,
                   output=folder / "bundle", context=96, prefill_chunk=16,
-                  kv_dtype="int8" if "int8" in TARGETS[request.param].kv_dtypes else None)
+                  kv_dtype="int8" if "int8" in TARGETS[request.param].arithmetic.kv_dtypes else None)
 
 
 def test_an_awkward_sharded_model_is_verified(awkward_bundle):
@@ -35,15 +35,15 @@ def test_an_awkward_sharded_model_is_verified(awkward_bundle):
 
 def test_prompts_of_one_token_and_of_exactly_the_context(tmp_path, awkward_bundle):
     target, checkpoint = awkward_bundle.target, awkward_bundle.source()
-    exact = "float32" if "float32" in target.compute_dtypes else None
+    exact = "float32" if "float32" in target.arithmetic.compute_dtypes else None
     bundle = export(checkpoint.source, target=target.name, output=tmp_path / "bundle", context=96, prefill_chunk=16,
-                    compute_dtype=exact, kv_dtype="float32" if target.converts_kv else None)
+                    compute_dtype=exact, kv_dtype="float32" if target.arithmetic.converts_kv else None)
     manifest = bundle.manifest
     weights = quantize_checkpoint(checkpoint, manifest.recipe) | read_kv_scales(bundle.directory)
     reference = ReferenceSession(checkpoint.config, weights, manifest.state.for_reference(manifest.config),
-                                 activations=target.activations)
+                                 activations=target.arithmetic.activations)
     session = bundle.session()
-    for length in (1, manifest.prefill_chunk, manifest.prefill_chunk + 1, manifest.state.context):
+    for length in (1, manifest.options.prefill_chunk, manifest.options.prefill_chunk + 1, manifest.state.context):
         tokens = [20 + index % 250 for index in range(length)]
         session.reset()
         reference.reset()
@@ -61,7 +61,7 @@ def test_a_bundle_in_the_cache_of_the_hub_s_client_runs_as_it_is(tmp_path, awkwa
     assert cached.artifact.is_symlink() or any(path.is_symlink() for path in cached.artifact.rglob("*"))
     tokens = [1, 30, 40, 50, 60]
     assert np.array_equal(cached.session().prefill(tokens), awkward_bundle.session().prefill(tokens))
-    runtime = cached.target.runtime()
+    runtime = cached.runtime.module()
     assert runtime.stored_constants(cached) == runtime.stored_constants(awkward_bundle)
 
 
@@ -84,7 +84,7 @@ def test_a_step_writes_its_own_rows_of_the_caches_and_no_others(awkward_bundle):
 
 
 def test_the_caches_keep_their_place(awkward_bundle):
-    if awkward_bundle.target.runtime_name in ("mlx", "llamacpp"):
+    if awkward_bundle.manifest.runtime in ("mlx", "llamacpp"):
         pytest.skip("the caches are in the runtime's memory, and `state` copies them")
     session = awkward_bundle.session()
     caches = [state for tensor, state in zip(session.spec.tensors, session.state, strict=True)
@@ -153,7 +153,7 @@ def test_awkward_models_are_verified(tmp_path, name, options):
     {"target": "gguf-q4", "kv_dtype": "float32", "prefill_chunk": 1},
 ], ids=str)
 def test_the_trained_model_keeps_its_answers_with_every_option(tmp_path, few_tasks, options):
-    is_native = "linux" in TARGETS[options["target"]].measured_on
+    is_native = "linux" in TARGETS[options["target"]].runtime.measured_on
     bundle = export(TINY if is_native else few_tasks, output=tmp_path / "bundle", **{"context": 512, **options})
     result = assert_verified(bundle)
     assert result.passed, dataclasses.asdict(result)

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from lfm_edge import export, open_bundle
 from lfm_edge.bundle.baking import BAKED_PROMPT_FILE, SystemPrompt, bake
-from lfm_edge.bundle.bundle import Bundle, Manifest, new_bundle, weights_digest
+from lfm_edge.bundle.bundle import Bundle, new_bundle, weights_digest
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.calibration.quantize import quantize_checkpoint
 from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.checkpoint.tokenizer import TextTokenizer

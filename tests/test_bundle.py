@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lfm_edge.bundle.bundle import Bundle, Manifest, new_bundle, open_bundle
+from lfm_edge.bundle.bundle import Bundle, new_bundle, open_bundle
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.errors import BundleError, ConfigError, ExportError
 from tests.helpers import contents, fill_bundle
 
@@ -288,7 +289,7 @@ OUTSIDE = ["../../etc/passwd", "../out/model.pte", "/etc/passwd", "..\\..\\windo
 
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_an_artifact_outside_the_bundle_is_refused(bundle, path):
-    edit_manifest(bundle, lambda manifest: manifest.update(artifact=path))
+    edit_manifest(bundle, lambda manifest: manifest["parts"][0].update(artifact=path))
 
     assert "leads out of the bundle" in refusal(bundle)
 
@@ -337,9 +338,10 @@ def test_every_entry_of_the_manifest_is_needed(bundle):
 
 
 @pytest.mark.parametrize("entry, value", [
-    ("files", []), ("files", {"model.pte": 3}), ("files", {"model.pte": {}}), ("prefill_chunk", "many"),
-    ("target", ["android-q4"]), ("state_mode", None), ("source", 3), ("licence", {}), ("prefill_chunk", 0),
-    ("prefill_chunk", -1), ("files", {"model.pte": {"bytes": float("inf"), "sha256": ""}}),
+    ("files", []), ("files", {"model.pte": 3}), ("files", {"model.pte": {}}), ("options", []), ("options", {}),
+    ("target", ["android-q4"]), ("runtime", None), ("source", 3), ("licence", {}), ("parts", []), ("parts", [{}]),
+    ("parts", 3), ("state_layout", {}), ("state_layout", {"window": "append"}),
+    ("files", {"model.pte": {"bytes": float("inf"), "sha256": ""}}),
     ("state", {}), ("state", []), ("recipe", {}), ("recipe", {"body": 3, "head": 3, "activations": ""}),
     ("state", {"context": 64, "tensors": [{"name": "x"}]}), ("state", {"context": "x", "tensors": []}),
 ])
@@ -355,11 +357,11 @@ def test_a_manifest_with_an_impossible_config_is_refused(bundle):
     assert "num_key_value_heads" in refusal(bundle, ConfigError)
 
 
-@pytest.mark.parametrize("version", [0, 1, "2", None])
+@pytest.mark.parametrize("version", [0, 1, 4, "2", True, 3.0, None])
 def test_another_schema_version_is_refused(bundle, version):
     edit_manifest(bundle, lambda manifest: manifest.update(schema_version=version))
 
-    assert f"schema version {version}; this lfm-edge reads 2" in refusal(bundle)
+    assert f"schema version {version}; this lfm-edge reads 2 and 3" in refusal(bundle)
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones(bundle):
@@ -379,7 +381,7 @@ def test_without_the_check_a_changed_file_goes_unnoticed_but_paths_do_not(bundle
     (bundle / "model.pte").write_bytes(b"changed")
     assert Bundle.open(bundle, check=False)
 
-    edit_manifest(bundle, lambda manifest: manifest.update(artifact="../model.pte"))
+    edit_manifest(bundle, lambda manifest: manifest["parts"][0].update(artifact="../model.pte"))
     with pytest.raises(BundleError, match="leads out of the bundle"):
         Bundle.open(bundle, check=False)
 

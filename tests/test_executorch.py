@@ -69,7 +69,7 @@ def test_the_state_is_changed_where_it_lies_and_is_no_output(awkward_bundle):
 
 def test_no_operator_copies_a_cache(awkward_bundle):
     """The only copies are those of the conv states; a cache is written by update_cache alone."""
-    portable = awkward_bundle.manifest.lowering["left portable"]
+    portable = awkward_bundle.manifest.decoder.lowering["left portable"]
     assert portable.get("aten::copy_", 0) == len(awkward_bundle.manifest.config.conv_layers)
     assert portable["llama::update_cache"] == 6 * len(awkward_bundle.manifest.config.attention_layers)
     assert not any("clone" in name or "copy.out" in name for name in portable)
@@ -77,7 +77,7 @@ def test_no_operator_copies_a_cache(awkward_bundle):
 
 def test_everything_between_two_attention_kernels_is_one_delegate(awkward_bundle):
     attention = len(awkward_bundle.manifest.config.attention_layers)
-    assert awkward_bundle.manifest.lowering["delegates"] <= attention + 3
+    assert awkward_bundle.manifest.decoder.lowering["delegates"] <= attention + 3
 
 
 @pytest.mark.parametrize("state", ["explicit", "internal"])
@@ -123,7 +123,7 @@ print("\\nANSWERS " + json.dumps(answers))
 def test_the_stock_runner_answers_token_by_token_as_our_session_does_also_after_its_reset(internal_bundle):
     tokenizer, session = internal_bundle.tokenizer(), internal_bundle.session()
     question = "<|im_start|>user\n12+30=?<|im_end|>\n<|im_start|>assistant\n"
-    chunk, context = internal_bundle.manifest.prefill_chunk, internal_bundle.manifest.state.context
+    chunk, context = internal_bundle.manifest.options.prefill_chunk, internal_bundle.manifest.state.context
     # One token; one chunk exactly, and one more; the longest prompt that the runner itself takes.
     prompts = [(question, 12), ("a", 12), (question, 12), ("x" * chunk, 12), ("xy" * chunk + "z", 12),
                ("b" * (context - 1), 1), (question, 12)]

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm_edge.bundle.bundle import Manifest, open_bundle
+from lfm_edge.bundle.bundle import open_bundle
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.calibration.gptq import read_windows
 from lfm_edge.calibration.sample import read_tasks
 from lfm_edge.checkpoint import sandbox
@@ -167,7 +168,7 @@ def use_bundle(opened):
     bundle_table(opened)
     assert all(path.is_relative_to(opened.directory) for path in (opened.artifact, opened.listed("tokenizer.json")))
     assert sum(tensor.nbytes for tensor in opened.manifest.state.fresh()) == opened.manifest.state.nbytes
-    assert all(math.isfinite(low + high) for low, high in opened.manifest.activation_ranges.values())
+    assert all(math.isfinite(low + high) for low, high in opened.manifest.decoder.activation_ranges.values())
 
 
 @runs

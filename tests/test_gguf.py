@@ -245,7 +245,7 @@ def test_the_plain_client_reads_the_same_conversations_and_gives_the_same_answer
 
 
 def test_prompts_of_one_token_and_beyond_a_step_get_the_same_answers_in_the_plain_client(bundle):
-    chunk, client = bundle.manifest.prefill_chunk, Client(bundle)
+    chunk, client = bundle.manifest.options.prefill_chunk, Client(bundle)
     prompts = [[1], *(long_prompt(bundle.tokenizer(), length) for length in (chunk, chunk + 1, 5 * chunk + 3))]
     assert [client.greedy(prompt, 16) for prompt in prompts] == our_answers(bundle, prompts, 16)
 
@@ -355,7 +355,7 @@ def test_a_token_that_merges_do_not_reach_stays_unreached(tmp_path):
 
     source = with_tokenizer(tmp_path, with_raw(without_a_merge))
     bundle = export(source, target="gguf-q4", output=tmp_path / "bundle", context=64, prefill_chunk=16)
-    assert bundle.manifest.lowering["pre-tokenizer"] == "smaug-bpe"
+    assert bundle.manifest.decoder.lowering["pre-tokenizer"] == "smaug-bpe"
     texts, client = ("!<", "a!< b!", *TEXTS), Client(bundle)
     ours = [bundle.tokenizer().encode(text) for text in texts]
     assert len(ours[0]) == 3 and 299 not in ours[0]
@@ -494,7 +494,7 @@ def test_without_llama_cpp_a_bundle_is_made_and_running_it_says_what_to_install(
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else name)
     target.check_installed()
     assert target.to_install == "lfm-edge[llamacpp]"
-    with pytest.raises(ExportError, match=r"running gguf-q4 needs the package llama_cpp: "
+    with pytest.raises(ExportError, match=r"running this bundle needs the package llama_cpp: "
                                           r"pip install 'lfm-edge\[llamacpp\]'$"):
         bundle.session()
 

@@ -9,6 +9,7 @@ gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 from exporters.gguf import add_origin  # noqa: E402 - it needs gguf
 from lfm_edge import export  # noqa: E402
 from lfm_edge.bundle.job import ExportJob  # noqa: E402
+from lfm_edge.bundle.options import ExportOptions  # noqa: E402
 from lfm_edge.checkpoint.config import ModelConfig  # noqa: E402
 from lfm_edge.checkpoint.presets import PRESETS  # noqa: E402
 from tests.helpers import save_checkpoint  # noqa: E402
@@ -41,7 +42,7 @@ def test_a_file_names_its_model_its_licence_and_its_size(tmp_path):
     ("some/where/my model/", "unknown", {"general.name": "My Model", "general.size_label": "1.2B"}),
 ])
 def test_names_are_taken_apart_as_llama_cpp_s_converter_does(tmp_path, source, licence, expected):
-    job = ExportJob(ModelConfig.from_dict(PRESETS["lfm2-1.2b"][0]), {}, None, None, "float32", "explicit", 1)
+    job = ExportJob(ModelConfig.from_dict(PRESETS["lfm2-1.2b"][0]), {}, None, None, ExportOptions())
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "lfm2")
     add_origin(writer, dataclasses.replace(job, source=source, licence=licence))
     written = {name: value.value for name, value in writer.kv_data[0].items()}

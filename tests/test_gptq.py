@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from lfm_edge import export
 from lfm_edge.bundle.bundle import Bundle, weights_digest
@@ -15,6 +16,7 @@ from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, ExportError
 from lfm_edge.harness.quality import compare
+from lfm_edge.model.decoder import FeedForward
 from lfm_edge.quantization.recipe import GPTQ, Recipe, Scheme, recipe
 from lfm_edge.quantization.rounding import quantize
 from lfm_edge.session.state import StateSpec
@@ -98,6 +100,35 @@ def test_inputs_that_are_always_zero_are_no_trouble():
     inputs[:, 10:20] = 0.0
     assert torch.equal(gptq(weight, start, Feedback.of(inputs)).ints[:, 10:20], start.ints[:, 10:20])
     assert torch.equal(gptq(weight, start, Feedback.of(inputs * 0)).ints, start.ints)
+
+
+def test_no_inputs_at_all_leave_every_weight_at_the_nearest_code():
+    weight, inputs = a_layer()
+    start = quantize(weight, Scheme(4, 32))
+
+    assert torch.equal(gptq(weight, start, Feedback.of(inputs[:0])).ints, start.ints)
+
+
+def test_a_weight_that_no_token_reaches_is_rounded_to_nearest(tmp_path, monkeypatch):
+    """As an expert may be that no token of the text is sent to."""
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "model"))
+    monkeypatch.setattr(FeedForward, "forward", lambda self, x: self.w2(nn.functional.silu(self.w1_w3[0](x))))
+    monkeypatch.setattr(FeedForward, "__init__", _with_w3_apart)
+    bits = recipe(4, 32, 8, "float", rounding=GPTQ)
+    done = []
+
+    found = quantize_checkpoint(checkpoint, bits, done.append, torch.randint(300, (2, 16)))
+    nearest = quantize_checkpoint(checkpoint, dataclasses.replace(bits, rounding="nearest"))
+
+    assert sorted(done) == sorted(checkpoint.names)
+    for name in (name for name in found if ".feed_forward." in name):
+        assert torch.equal(found[name].ints, nearest[name].ints) == name.endswith("w3.weight")
+
+
+def _with_w3_apart(self, weights):
+    nn.Module.__init__(self)
+    self.w1_w3 = nn.ModuleList(weights.linear(f"feed_forward.{name}") for name in ("w1", "w3"))
+    self.w2 = weights.linear("feed_forward.w2")
 
 
 def test_another_order_of_sums_gives_the_same_codes():
@@ -188,7 +219,7 @@ def test_a_bundle_of_mixed_bits_rounded_by_a_text_is_verified_bit_for_bit(tmp_pa
     (tmp_path / "bits.json").write_text(json.dumps({"group_size": 32, "head_bits": 8, "linear_bits": bits}))
     (tmp_path / "prompts.txt").write_text("one two three\n\nfour, five\nsix\n \nseven\n\n" * 4)
     source = save_checkpoint(tmp_path / "model", layer_types=["conv", "full_attention"])
-    exact = "float32" if "float32" in TARGETS[target].compute_dtypes else None  # the NPU has integers only
+    exact = "float32" if "float32" in TARGETS[target].arithmetic.compute_dtypes else None  # the NPU has integers only
     bundle = export(source, target=target, output=tmp_path / "bundle", context=64, prefill_chunk=16, rounding="gptq",
                     calibration=tmp_path / "prompts.txt", recipe=tmp_path / "bits.json", compute_dtype=exact)
     assert bundle.manifest.recipe.rounding == "gptq"

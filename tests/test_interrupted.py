@@ -49,7 +49,7 @@ def session_of(checkpoint, tmp_path_factory):
             return simulated(checkpoint.config)
         folder = tmp_path_factory.mktemp(kind) / "bundle"
         bundle = export(checkpoint.source, output=folder, context=CONTEXT, prefill_chunk=CHUNK, **KINDS[kind])
-        return bundle.session(1 if bundle.target.takes_threads else None)
+        return bundle.session(1 if bundle.runtime.takes_threads else None)
 
     return make
 

@@ -140,7 +140,7 @@ def test_an_int8_channel_is_cut_into_the_widest_groups_that_divide_it(tmp_path):
         "group_size": 64, "bits": 8, "mode": "affine",
         "model.layers.0.feed_forward.w2": {"group_size": 32, "bits": 8}}
     assert_verified(bundle)
-    assert list(bundle.manifest.lowering) == ["decode operators"]
+    assert list(bundle.manifest.decoder.lowering) == ["decode operators"]
 
 
 # The functions
@@ -148,7 +148,7 @@ def test_an_int8_channel_is_cut_into_the_widest_groups_that_divide_it(tmp_path):
 
 def moved_to_cpu(bundle, path):
     """The function for the GPU, with its operators on the CPU."""
-    operators = sum(map(Counter, bundle.manifest.lowering.values()), Counter())
+    operators = sum(map(Counter, bundle.manifest.decoder.lowering.values()), Counter())
     traced = (bundle.directory / runtime.GPU_FUNCTION).read_bytes()
     path.write_bytes(exporter.moved(traced, exporter.GPU, exporter.CPU, operators))
     return runtime.load_function(path)
@@ -177,7 +177,7 @@ def test_the_function_for_the_gpu_asks_for_one(bundle):
 
 def test_a_file_of_another_format_is_not_changed_in_silence(bundle):
     traced = (bundle.directory / runtime.CPU_FUNCTION).read_bytes()
-    operators = sum(map(Counter, bundle.manifest.lowering.values()), Counter())
+    operators = sum(map(Counter, bundle.manifest.decoder.lowering.values()), Counter())
     with pytest.raises(ExportError, match="writes another format"):
         exporter.moved(traced.replace(b"Softmax", b"softmax"), exporter.CPU, exporter.GPU, operators)
 

@@ -64,7 +64,7 @@ def examples():
 @pytest.fixture(scope="module")
 def prompts(bundle):
     """Of one token, a whole step, one more, and several steps."""
-    chunk = bundle.manifest.prefill_chunk
+    chunk = bundle.manifest.options.prefill_chunk
     return [[1], *(long_prompt(bundle.tokenizer(), length) for length in (chunk, chunk + 1, 5 * chunk + 3))]
 
 
@@ -102,14 +102,14 @@ def test_the_program_in_the_bundle_s_readme_runs_as_printed_and_needs_neither_to
 def test_the_c_plus_plus_of_the_docs_gives_the_same_answers(bundle, tmp_path):
     """With a `main` that takes the layout, the prompt and what else it needs as constants."""
     manifest = bundle.manifest
-    prompt = long_prompt(bundle.tokenizer(), manifest.prefill_chunk + 7)
+    prompt = long_prompt(bundle.tokenizer(), manifest.options.prefill_chunk + 7)
     layout = ", ".join(f"{{{{{', '.join(map(str, tensor.shape))}}}, mx::{tensor.dtype}, "
                        f"{str(tensor.update == 'append').lower()}}}" for tensor in manifest.state.tensors)
     (tmp_path / "main.cpp").write_text(f"""
         #include <iostream>
         {re.search(r"^```cpp$(.*?)^```", (REPO / "docs/mlx.md").read_text(), re.DOTALL | re.MULTILINE)[1]}
         int main() {{
-          Session session("{bundle.directory}", {{{layout}}}, {manifest.prefill_chunk});
+          Session session("{bundle.directory}", {{{layout}}}, {manifest.options.prefill_chunk});
           int token = session.prefill({{{', '.join(map(str, prompt))}}});
           for (int i = 0; i < 16; ++i) {{ std::cout << token << " "; token = session.step({{token}}); }}
         }}""")

@@ -112,7 +112,7 @@ def test_the_answers_are_right(bundle):
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_prompts_of_one_token_and_beyond_the_prefill_chunk_get_the_same_answers(bundle, client):
-    chunk = bundle.manifest.prefill_chunk
+    chunk = bundle.manifest.options.prefill_chunk
     prompts = [[1], *(long_prompt(bundle.tokenizer(), length) for length in (chunk, chunk + 1, 5 * chunk + 3))]
     assert answers_in(client, bundle, prompts, 16) == our_answers(bundle, prompts, 16)
 

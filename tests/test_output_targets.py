@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lfm_edge import export, open_bundle
-from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.errors import ExportError
 from lfm_edge.targets import TARGETS
 from tests.helpers import REPO, contents, save_checkpoint

@@ -63,7 +63,8 @@ def built(request, bundle):
     """Each peer's artifact. (MLX computes 16 bits slowly on this machine: it gets a bundle of float32 to match.)"""
     peer = PEERS[request.param]
     if peer.name == MLX_LM:
-        bundle = Bundle(bundle.directory, replace(bundle.manifest, target="mlx-q4", compute_dtype="float32"))
+        options = replace(bundle.manifest.options, compute_dtype="float32")
+        bundle = Bundle(bundle.directory, replace(bundle.manifest, target="mlx-q4", runtime="mlx", options=options))
     return prepare(peer, bundle, None, silent)
 
 

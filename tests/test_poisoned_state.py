@@ -55,7 +55,7 @@ def session_of(tmp_path_factory):
                                     chunk=CHUNK)
         bundle = export(checkpoint(size), output=tmp_path_factory.mktemp(kind) / "bundle", context=CONTEXT,
                         prefill_chunk=CHUNK, **options)
-        return bundle.session(1 if bundle.target.takes_threads else None)
+        return bundle.session(1 if bundle.runtime.takes_threads else None)
 
     return make
 

@@ -4,27 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from lfm_edge.bundle.bundle import Manifest
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.presets import PRESETS
 from lfm_edge.harness.predict import predict, remedies, stored_bytes
 from lfm_edge.harness.roofline import step_bytes
-from lfm_edge.quantization.recipe import Scheme, recipe
-from lfm_edge.session.state import StateSpec
-from lfm_edge.targets import Footprint, target_named
+from lfm_edge.quantization.recipe import Scheme
+from lfm_edge.targets import Footprint
+from tests.helpers import manifest_of
 
 MB = 10**6
 CONFIG = ModelConfig.from_dict(PRESETS["lfm2.5-1.2b"][0])
 
 
-def manifest(target="android-q4", context=4096, kv_dtype="float32", head_bits=8, **changes):
+def manifest(target="android-q4", config=CONFIG, **options):
     """Of a bundle of lfm2.5-1.2b, without its files."""
-    row = target_named(target)
-    made = Manifest(target, row.artifact, row.compute_dtypes[0], "explicit", 128, CONFIG,
-                    recipe(row.bits, 32, head_bits, row.activations),
-                    StateSpec.of(CONFIG, context, kv_dtype, row.state_layout), {}, "a test", "0" * 64, "none", "0" * 64,
-                    {})
-    return replace(made, **changes)
+    return manifest_of(config, target, **options)
 
 
 @pytest.mark.parametrize(("target", "artifact", "filled", "measured"), [
@@ -60,7 +54,7 @@ def test_a_runtime_that_keeps_what_it_has_read_has_the_whole_table():
 
 
 def test_a_program_that_keeps_its_cache_takes_the_whole_context():
-    whole = predict(manifest(state_mode="internal"), 850 * MB, 10)
+    whole = predict(manifest(state="internal"), 850 * MB, 10)
     assert whole.kv_cache == manifest().state.nbytes_of(conv=False)
     assert predict(manifest(), 850 * MB, 10).kv_cache < whole.kv_cache
 

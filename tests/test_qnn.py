@@ -196,7 +196,7 @@ def test_onnx_runtimes_cpu_computes_the_graphs_as_the_reference_does(bundle):
                                                  providers=["CPUExecutionProvider"])]
 
     manifest = bundle.manifest
-    session = NpuSession(manifest.config, manifest.state, manifest.prefill_chunk,
+    session = NpuSession(manifest.config, manifest.state, manifest.options.prefill_chunk,
                          runtime.Embedding(bundle.artifact / "embedding.onnx"),
                          OnCpu().run)
     reference = reference_of(bundle)
@@ -221,7 +221,7 @@ def test_both_graphs_round_the_state_alike(bundle):
 
 def test_the_manifest_has_the_measured_ranges(bundle):
     measured = json.loads((bundle.directory / "manifest.json").read_text())["activation_ranges"]
-    assert measured == {name: list(bounds) for name, bounds in bundle.manifest.activation_ranges.items()}
+    assert measured == {name: list(bounds) for name, bounds in bundle.manifest.decoder.activation_ranges.items()}
     assert "layers.1.feed_forward.w2/linear.0" in measured and "lm_head/linear.0" in measured
     assert all(low <= 0 <= high for low, high in measured.values())
 
@@ -230,7 +230,7 @@ def test_a_model_in_parts_computes_the_same(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "_LARGEST_PART", 30_000)
     parted = export(bundle.source().source, target=bundle.manifest.target, output=tmp_path / "parted", context=CONTEXT,
                     prefill_chunk=CHUNK, soc="sm8650")
-    assert parted.manifest.lowering["parts"] == 3
+    assert parted.manifest.decoder.lowering["parts"] == 3
     names = {path.name for path in (parted.artifact / "sm8650").glob("*.onnx")}
     assert names == {f"{phase}.{part}.onnx" for phase in ("prefill", "decode") for part in range(3)}
     whole, session = bundle.session(soc="sm8650"), parted.session()
@@ -326,7 +326,7 @@ def test_a_calibration_text_of_the_users_changes_the_ranges_and_not_the_weights(
     text.write_text("\n\n".join(f"zz {index} qq" for index in range(60)))
     bundles = [export(source, target="npu-q8", output=tmp_path / name, context=64, prefill_chunk=16, **options)
                for name, options in (("default", {}), ("own", {"calibration": text}))]
-    ranges = [bundle.manifest.activation_ranges for bundle in bundles]
+    ranges = [bundle.manifest.decoder.activation_ranges for bundle in bundles]
     assert ranges[0].keys() == ranges[1].keys() and ranges[0] != ranges[1]
     assert bundles[0].manifest.weights_sha256 == bundles[1].manifest.weights_sha256
 

@@ -457,8 +457,8 @@ def test_a_missing_tensor_an_unknown_token_and_another_version_are_refused(make_
     smaller = make_session()
     smaller.vocab_size = 299
     assert "token 299 is outside the vocabulary of 299" in refusal(smaller, file)
-    file.write_bytes(with_header(saved, lambda header: header["__metadata__"].update(version="2")))
-    assert "format version 2; this lfm-edge reads 1" in refusal(make_session(), file)
+    file.write_bytes(with_header(saved, lambda header: header["__metadata__"].update(version="3")))
+    assert "format version 3; this lfm-edge reads 1 and 2" in refusal(make_session(), file)
 
 
 # --- chat ---------------------------------------------------------------------------------------------------------

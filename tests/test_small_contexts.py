@@ -14,7 +14,7 @@ from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import TARGETS
 from tests.helpers import assert_verified, lfm_edge, save_checkpoint
 
-FOUR_BITS = [name for name, target in TARGETS.items() if target.bits == 4 and not target.compiled]
+FOUR_BITS = [name for name, target in TARGETS.items() if target.bits == 4 and not target.runtime.takes_chip]
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def with_small_channels(tmp_path_factory):
 @pytest.mark.parametrize("target", ["android-q8", "onnx-q8", "coreml-q8", "mlx-q8", "gguf-q4"])
 def test_every_target_computes_small_channels(with_small_channels, tmp_path, target):
     kind = target_named(target)
-    for package in (*kind.requires, *kind.runtime_requires):
+    for package in (*kind.requires, *kind.runtime.requires):
         pytest.importorskip(package)
     session = export(with_small_channels, target=target, output=tmp_path / "bundle", context=64,
                      prefill_chunk=8).session()

@@ -10,7 +10,8 @@ import huggingface_hub
 import pytest
 
 from lfm_edge import open_bundle
-from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.bundle.manifest_checks import check_manifest
 from lfm_edge.calibration import sample
 from lfm_edge.checkpoint import sandbox
@@ -20,11 +21,10 @@ from lfm_edge.checkpoint.sources import place_of, remember
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, CheckpointError, LfmEdgeError
 from lfm_edge.harness.quality import read_tasks
-from lfm_edge.quantization.recipe import recipe
 from lfm_edge.session.saved import Origin, SavedSession
-from lfm_edge.session.state import Snapshot, StateSpec
+from lfm_edge.session.state import Snapshot
 from lfm_edge.targets import TARGETS
-from tests.helpers import AWKWARD, REPO, TINY, fill_bundle, hf_config, lfm_edge
+from tests.helpers import AWKWARD, REPO, TINY, fill_bundle, hf_config, lfm_edge, manifest_of
 from tests.untrusted_helpers import COMMIT, in_hub_cache, rewrite_state
 
 HUGE = 1 << 60
@@ -62,6 +62,14 @@ def in_state(**values):
     return change
 
 
+def in_part(**values):
+    return lambda manifest: manifest["parts"][0].update(values)
+
+
+def in_options(**values):
+    return lambda manifest: manifest["options"].update(values)
+
+
 # --- a manifest's values ------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -79,8 +87,22 @@ REFUSED = {
     "a tensor twice": (lambda m: m["state"]["tensors"].append(m["state"]["tensors"][0]), "two tensors of one name"),
     "a tensor less": (lambda m: m["state"]["tensors"].pop(), "past_key_values.3.value is None"),
     "tensors in another order": (lambda m: m["state"]["tensors"].reverse(), "or another order"),
-    "caches of another context": (lambda m: m["state"].update(context=32), r"\[1, 64, 2, 16\]; by the configuration"),
-    "a context without end": (lambda m: m["state"].update(context=HUGE), f"a context of {HUGE}"),
+    "caches of another context": (lambda m: m["state"].update(context=32) or in_options(context=32)(m),
+                                  r"\[1, 64, 2, 16\]; by the configuration"),
+    "another context than was chosen": (in_options(context=32), "options have a context of 32, the state one of 64"),
+    "a context without end": (lambda m: m["state"].update(context=HUGE) or in_options(context=HUGE)(m),
+                              f"a context of {HUGE}"),
+    "an unknown runtime": (lambda m: m.update(runtime="os"), "runtime is 'os'; known are executorch"),
+    "another runtime": (lambda m: m.update(runtime="llamacpp"), "artifact is 'model.pte'; llamacpp opens"),
+    "a runtime that opens directories": (lambda m: m.update(runtime="qnn"), "does not list the artifact model.pte"),
+    "a part twice": (lambda m: m["parts"].append(m["parts"][0]), "2 parts; a text bundle has one"),
+    "a part of another kind": (in_part(kind="oracle"), "'oracle' is none of decoder"),
+    "a file of a part that is not listed": (in_part(files=["x"]), "files does not list x, of the part decoder"),
+    "a file of a part that is elsewhere": (in_part(files=["/etc/passwd"]), "leads out of the bundle"),
+    "an input of another type": (in_part(inputs=[{"name": "x", "dtype": "nn", "shape": []}]), "'nn' is none of"),
+    "an output without end": (in_part(outputs=[{"name": "x", "dtype": "int8", "shape": [HUGE]}]), "a dimension of"),
+    "a layout that is no choice": (lambda m: m["state_layout"].update(kv_heads_first=1), "1 is none of True, False"),
+    "an unknown layout": (lambda m: m["state_layout"].update(window="drop"), "'drop' is none of append, ring"),
     "a configuration without end": (lambda m: m["config"].update(vocab_size=HUGE), "no model has more than"),
     "a model that no disk holds": (lambda m: m["config"].update(intermediate_size=1 << 24, hidden_size=1 << 24,
                                                                 block_dim=1 << 24, block_ff_dim=1 << 24),
@@ -91,25 +113,25 @@ REFUSED = {
     "8 bits in groups": (lambda m: m["recipe"]["body"].update(bits=8), "8 bits with group_size 32"),
     "groups that do not divide": (lambda m: m["recipe"]["body"].update(group_size=128), "not a multiple of the group"),
     "bits of a layer that is not there": (lambda m: m["recipe"]["mixed"].update(x=m["recipe"]["head"]), "names x"),
-    "another compute type": (lambda m: m.update(compute_dtype="nn"), "compute_dtype is 'nn'; android-q4 has float32"),
-    "an unknown state mode": (lambda m: m.update(state_mode="shared"), "state_mode is 'shared'"),
-    "a chunk above the context": (lambda m: m.update(prefill_chunk=65), "none may be more than the next"),
-    "a chunk that is no number": (lambda m: m.update(prefill_chunk=16.5), "16.5 is no whole number"),
-    "a chunk that is true": (lambda m: m.update(prefill_chunk=True), "True is no whole number"),
-    "more scored than a step takes": (lambda m: m.update(scored=17), "none may be more than the next"),
-    "another artifact": (lambda m: m.update(artifact="tokenizer.json"), "artifact is 'tokenizer.json'; android-q4 has"),
+    "another compute type": (in_options(compute_dtype="nn"), "'nn' is none of float32, float16"),
+    "an unknown state mode": (in_options(state="shared"), "'shared' is none of explicit"),
+    "a chunk above the context": (in_options(prefill_chunk=65), "prefill_chunk is 65, more than the context of 64"),
+    "a chunk that is no number": (in_options(prefill_chunk=16.5), "16.5 is no whole number"),
+    "a chunk that is true": (in_options(prefill_chunk=True), "True is no whole number"),
+    "more scored than a step takes": (in_part(scored=17), "scored is 17, more than the 16 tokens"),
+    "another artifact": (in_part(artifact="tokenizer.json"), "artifact is 'tokenizer.json'; executorch opens"),
     "a hash that is none": (lambda m: m.update(source_sha256="../../x"), r"source_sha256 is '../../x', no SHA-256"),
     "a hash of weights that is none": (lambda m: m.update(weights_sha256="A" * 64), "weights_sha256 is 'AAAA"),
     "a hash of a file that is none": (lambda m: m["files"]["model.pte"].update(sha256=""), "model.pte is '', no SHA"),
     "a negative size of a file": (lambda m: m["files"]["model.pte"].update(bytes=-1), "-1 is no whole number"),
     "a file's name that does not print": (lambda m: m["files"].update({"a\0b": m["files"]["model.pte"]}), "no plain"),
     "a file's name in another spelling": (lambda m: m["files"].update({"./x": m["files"]["model.pte"]}), "no plain"),
-    "a range without end": (lambda m: m.update(activation_ranges={"x": [0, float("inf")]}), "x goes from 0.0 to inf"),
-    "a range upside down": (lambda m: m.update(activation_ranges={"x": [2, 1]}), "x goes from 2.0 to 1.0"),
+    "a range without end": (in_part(activation_ranges={"x": [0, float("inf")]}), "x goes from 0.0 to inf"),
+    "a range upside down": (in_part(activation_ranges={"x": [2, 1]}), "x goes from 2.0 to 1.0"),
     "versions that are a list": (lambda m: m.update(versions=[1]), "malformed"),
     "versions of numbers": (lambda m: m.update(versions={"torch": 2}), "versions holds something else than text"),
-    "lowering that is text": (lambda m: m.update(lowering="x"), "malformed"),
-    "lowering that is deep": (lambda m: m.update(lowering={"x": {"y": {"z": []}}}), "lowering holds something else"),
+    "lowering that is text": (in_part(lowering="x"), "malformed"),
+    "lowering that is deep": (in_part(lowering={"x": {"y": {"z": []}}}), "lowering holds something else"),
     "a baked prompt that is not listed": (lambda m: m.update(baked_prompt={"file": "x", "tokens": 3}), "the baked pro"),
     "a baked prompt as long as the context": (
         lambda m: m.update(baked_prompt={"file": "tokenizer.json", "tokens": 64}), "a baked prompt of 64 tokens"),
@@ -139,17 +161,15 @@ def test_what_a_message_quotes_is_cut_and_escaped(bundle):
 def test_every_choice_that_a_target_has_opens(name, model):
     """Compute types, types of caches, who keeps the state, models without one kind of layer."""
     target, config = TARGETS[name], ModelConfig.from_dict(hf_config(**AWKWARD[model]).to_dict())
-    artifact = "npu" if target.compiled else target.artifact
+    artifact = f"{target.artifact}/part" if target.runtime.takes_chip else target.artifact
     files = {file: {"bytes": 1, "sha256": "0" * 64} for file in (artifact, "kv_scales.safetensors")}
-    for compute_dtype in target.compute_dtypes:
-        for kv_dtype in target.kv_dtypes:
-            for state_mode in target.state_modes:
-                state = StateSpec.of(config, 96, kv_dtype, target.state_layout,
-                                     "float32" if compute_dtype == "int16" else compute_dtype)
-                bits = recipe(target.bits, 32, 8, target.activations, target.two_level)
-                check_manifest(Manifest(target.name, artifact, compute_dtype, state_mode, 16, config, bits, state,
-                                        {"nodes": 3, "by": {"x": 2}}, "made by a test", "0" * 64, "none", "0" * 64,
-                                        {"torch": "2"}, {"x": (0.0, 1.0)}, files=files), target)
+    for compute_dtype in target.arithmetic.compute_dtypes:
+        for kv_dtype in target.arithmetic.kv_choices(compute_dtype):
+            for state in target.state_modes:
+                made = manifest_of(config, name, context=96, prefill_chunk=16, compute_dtype=compute_dtype,
+                                   kv_dtype=kv_dtype, state=state)
+                part = replace(made.decoder, lowering={"nodes": 3, "by": {"x": 2}}, activation_ranges={"x": (0.0, 1.0)})
+                check_manifest(replace(made, parts=(part,), files=files, versions={"torch": "2"}))
 
 
 def test_a_state_for_which_there_is_no_memory_is_one_line(bundle):
@@ -160,7 +180,7 @@ def test_a_state_for_which_there_is_no_memory_is_one_line(bundle):
 
 
 def test_inspect_prints_what_a_manifest_says_as_it_is(bundle):
-    edit(bundle, lambda m: m.update(licence="[/bold]\x1b[31m[red]x", lowering={"[/]": "[/x]"}))
+    edit(bundle, lambda m: m.update(licence="[/bold]\x1b[31m[red]x") or in_part(lowering={"[/]": "[/x]"})(m))
 
     shown = lfm_edge("inspect", bundle)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lfm_edge import export
-from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.calibration.quantize import quantize_checkpoint
 from lfm_edge.checkpoint.checkpoint import RandomCheckpoint, open_checkpoint
 from lfm_edge.errors import BundleError
@@ -77,7 +78,7 @@ def test_a_conv_state_that_is_not_reset_fails(tiny_bundle, monkeypatch):
     def forgetful(self):
         self.position = 0
 
-    runtime = tiny_bundle.target.runtime()
+    runtime = tiny_bundle.runtime.module()
     monkeypatch.setattr(runtime.ExecutorchSession, "reset", forgetful)
     result = verify(tiny_bundle)
     assert not result.passed
@@ -88,7 +89,7 @@ def test_a_cache_that_is_not_restored_fails(tiny_bundle, monkeypatch):
     def careless(self, snapshot):
         self.position = snapshot.position
 
-    monkeypatch.setattr(tiny_bundle.target.runtime().ExecutorchSession, "restore", careless)
+    monkeypatch.setattr(tiny_bundle.runtime.module().ExecutorchSession, "restore", careless)
     result = verify(tiny_bundle)
     failed = [row.phase for row in result.parity if not row.within(result.limits)]
     assert failed == ["after restore"]
@@ -185,7 +186,7 @@ def artifact_off_by(monkeypatch, bundle, error):
     disturbed, jitter = [], ReferenceSession.jitter
     monkeypatch.setattr(ReferenceSession, "jitter", lambda self, seed, *rest: (disturbed.append(seed),
                                                                                jitter(self, seed, *rest)))
-    runtime = bundle.target.runtime().ExecutorchSession
+    runtime = bundle.runtime.module().ExecutorchSession
     step = runtime._step
 
     def off(self, tokens):
@@ -261,4 +262,4 @@ def test_the_manifest_of_a_good_bundle_is_complete(tiny_bundle):
     assert manifest == tiny_bundle.manifest
     assert {"model.pte", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
             "README.md", "tasks.json"} <= set(manifest.files)
-    assert manifest.lowering["delegates"] >= 1
+    assert manifest.decoder.lowering["delegates"] >= 1

@@ -40,11 +40,11 @@ def lfm_edge(*arguments):
 def measure(model, directory):
     """The results of all installed targets that can be run in minutes, and whether all checks passed."""
     names = [target.name for target in TARGETS.values()
-             if target.to_install is None and (model == TINY or not target.compiled)]
+             if target.to_install is None and (model == TINY or not target.runtime.takes_chip)]
     bundles = [directory / name for name in names]
     results = [directory / f"verify-{name}.json" for name in names]
     for name, bundle, result in zip(names, bundles, results, strict=True):
-        options = SIMULATED if TARGETS[name].compiled else ()
+        options = SIMULATED if TARGETS[name].runtime.takes_chip else ()
         lfm_edge("export", "--target", name, "--model", model, "--output", bundle, "--force", *options)
         result.unlink(missing_ok=True)  # what an earlier run left must not pass for this one's
         lfm_edge("verify", bundle, "--json", result)

@@ -19,8 +19,8 @@ from lfm_edge.harness.verify import quantized_reference, quantized_weights, text
 def main(directory, soc, tokens):
     bundle = open_bundle(directory)
     manifest = bundle.manifest
-    text = text_for(bundle, read_tasks(bundle), manifest.prefill_chunk + tokens)
-    steps = [text[:manifest.prefill_chunk], *([token] for token in text[manifest.prefill_chunk:])]
+    text = text_for(bundle, read_tasks(bundle), manifest.options.prefill_chunk + tokens)
+    steps = [text[:manifest.options.prefill_chunk], *([token] for token in text[manifest.options.prefill_chunk:])]
     reference = quantized_reference(bundle, quantized_weights(bundle, bundle.source()))
     expected = [reference.prefill(step) for step in steps]
     del reference

@@ -6,7 +6,8 @@ import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lfm_edge.bundle.bundle import BakedPrompt, Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.bundle.manifest import BakedPrompt, Manifest
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import ExportError, LfmEdgeError
 from lfm_edge.files import read_text

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lfm_edge.backends.socs import Soc
+from lfm_edge.bundle.options import ExportOptions
+from lfm_edge.bundle.parts import Value
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.recipe import Recipe
@@ -17,11 +18,8 @@ from lfm_edge.session.state import StateSpec
 class ExportJob:
     """All that an exporter needs.
 
-    compute_dtype: of activations and of all that is not quantized, one of the target's
-    state_mode: `explicit` (the caller owns the state) or `internal` (the program does)
-    prefill_chunk: most tokens that one step takes
+    options: what was chosen, nothing of it left open
     prompts: tokens to measure activations on, where the target's have constant scales
-    socs: the chips to compile for, where the target is compiled
     source, licence: of the checkpoint, as it has them
     """
 
@@ -29,11 +27,8 @@ class ExportJob:
     weights: Weights
     recipe: Recipe
     state: StateSpec
-    compute_dtype: str
-    state_mode: str
-    prefill_chunk: int
+    options: ExportOptions
     prompts: tuple[list[int], ...] = ()
-    socs: tuple[Soc, ...] = ()
     source: str = ""
     licence: str = "unknown"
 
@@ -48,14 +43,19 @@ class ExportJob:
 class Artifact:
     """What an exporter wrote.
 
-    path: the file that the runtime loads; lowering: what `inspect` shows about the exporter's work
+    path: the file that the runtime loads; files: others that belong to it and do not stand in its package
+    inputs, outputs: of the program, in its order
+    lowering: what `inspect` shows about the exporter's work
     usage: Markdown for the bundle's README, how each client loads it
     activation_ranges: of activations with constant scales, lowest and highest number by the name of the value
     scored: of how many of a step's last tokens it gives the logits
     """
 
     path: str
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
     lowering: dict[str, Any]
     usage: str
+    files: tuple[str, ...] = ()
     activation_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     scored: int = 1

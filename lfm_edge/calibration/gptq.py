@@ -60,8 +60,12 @@ def quantize_with_text(checkpoint: Checkpoint, schemes: Schemes, windows: Tensor
         layer = {name: checkpoint.tensor(name) for name in schemes if name.startswith(f"model.layers.{index}.")}
         lowering = _RoundingLowering(layer, schemes, progress)
         x, _ = walk.layer(index, layer, lowering)(x)
-        weights |= {name: value.float() for name, value in layer.items() if schemes[name] is None}
         weights |= {name: keep(weight) for name, weight in lowering.rounded.items()}
+        for name, value in layer.items():
+            if name not in lowering.rounded:  # no linear layer, or one that no token of the text has come to
+                scheme = schemes[name]
+                weights[name] = value.float() if scheme is None else keep(quantize_weight(name, value, scheme))
+                progress(name)
     return {name: weights[name] for name in schemes}
 
 

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.cores import usable_cores
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.baked import FirstTokenTimes
@@ -141,10 +142,10 @@ class Subject:
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Subject:
         """A bundle."""
-        manifest, target = bundle.manifest, bundle.target
-        return cls(str(bundle.directory), bundle.directory.name, bundle.directory, target.name,
-                   manifest.state.context, manifest.prefill_chunk, target.takes_threads, bundle.artifact_bytes,
-                   manifest.state.nbytes, manifest)
+        manifest = bundle.manifest
+        return cls(str(bundle.directory), bundle.directory.name, bundle.directory, manifest.target,
+                   manifest.state.context, manifest.options.prefill_chunk, bundle.runtime.takes_threads,
+                   bundle.artifact_bytes, manifest.state.nbytes, manifest)
 
     @classmethod
     def of_peer(cls, name: str, built: Built, matched: Sequence[Bundle]) -> Subject:
@@ -156,7 +157,7 @@ class Subject:
         entry = PeerEntry(built.peer, str(built.directory), built.versions, built.arguments, built.build_s,
                           built.build_peak_bytes, peer.filling, matches)
         return cls(name, name, built.directory, manifest and manifest.target, built.config.max_position_embeddings,
-                   matched[0].manifest.prefill_chunk, peer.takes_threads, built.artifact_bytes,
+                   matched[0].manifest.options.prefill_chunk, peer.takes_threads, built.artifact_bytes,
                    peer.state(built).nbytes, manifest, entry)
 
     def is_matched_by(self, other: Subject) -> bool:
@@ -349,13 +350,13 @@ def bench(bundles: Sequence[Bundle], settings: Settings | None = None, *,
     cannot build, or a round fails. A round that the hard limit ends does not raise: it is in `over_limit`.
     """
     settings = settings or Settings()
-    raced = [bundle for bundle in bundles if bundle.target.is_measured_here]
+    raced = [bundle for bundle in bundles if bundle.runtime.is_measured_here]
     races = [_race(entry, raced) for entry in dict.fromkeys(settings.against)]
     subjects = [Subject.of_bundle(bundle) for bundle in raced]
     for subject in subjects:
         settings.plan(subject, None)  # raises before anything is built
     left_out = [LeftOut.of(Subject.of_bundle(bundle), _elsewhere(bundle.target.runs_on)) for bundle in bundles
-                if not bundle.target.is_measured_here]
+                if not bundle.runtime.is_measured_here]
     left_out += [LeftOut(peer.name, None, _elsewhere(" and ".join(peer.measured_on)), None, None, peer=True)
                  for peer in dict.fromkeys(peer for peer, _ in races) if not peer.is_measured_here]
     subjects += _peers([race for race in races if race[0].is_measured_here], raced, settings.model, progress)

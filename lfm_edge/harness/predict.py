@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from lfm_edge.backends.mapped import WORTH_FORGETTING
-from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.quantization.recipe import EMBEDDING, UNTIED_HEAD, Scheme, recipe
 from lfm_edge.session.state import StateSpec
-from lfm_edge.targets import Footprint, target_named
+from lfm_edge.targets import RUNTIMES, Footprint, target_named
 
 _FLOAT_BYTES = 4
 _CONTEXT_STEP = 64  # a smaller context is suggested in multiples of it
@@ -52,7 +52,7 @@ class Prediction:
 
 def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
     """What a session at `filled` positions takes."""
-    config, footprint = manifest.config, target_named(manifest.target).footprint
+    config, footprint = manifest.config, RUNTIMES[manifest.runtime].footprint
     table = stored_bytes((config.vocab_size, config.hidden_size), manifest.recipe.head, footprint)
     copies = _tied_copies(manifest.recipe.head, footprint) - footprint.tied_in_file if config.tie_embedding else 0
     packed = sum(footprint.packed_bytes * scale_count(entry.shape, scheme)
@@ -60,7 +60,7 @@ def predict(manifest: Manifest, artifact_bytes: int, filled: int) -> Prediction:
                  if name != EMBEDDING and (scheme := manifest.recipe.scheme(name, entry)))
     return Prediction(
         filled=filled, weights=artifact_bytes - table + copies * table + packed,
-        embedding=_embedding(table, manifest.prefill_chunk, footprint),
+        embedding=_embedding(table, manifest.options.prefill_chunk, footprint),
         kv_cache=manifest.state.filled_bytes(_cache_rows(manifest, filled)),
         conv_state=manifest.state.nbytes_of(conv=True), activations=_activations(manifest),
         runtime=footprint.runtime_bytes)
@@ -92,7 +92,7 @@ def _row_bytes(state: StateSpec) -> float:
 
 
 def _cache_rows(manifest: Manifest, filled: int) -> int:
-    whole = manifest.state_mode == "internal" or target_named(manifest.target).footprint.whole_cache
+    whole = manifest.options.state == "internal" or RUNTIMES[manifest.runtime].footprint.whole_cache
     return manifest.state.context if whole else min(filled, manifest.state.context)
 
 
@@ -103,7 +103,7 @@ def _activations(manifest: Manifest) -> int:
     """
     config = manifest.config
     row = 2 * config.intermediate_size + 5 * config.hidden_size
-    return _FLOAT_BYTES * (manifest.prefill_chunk * row + config.vocab_size)
+    return _FLOAT_BYTES * (manifest.options.prefill_chunk * row + config.vocab_size)
 
 
 def remedies(manifest: Manifest, filled: int, excess: int) -> list[str]:
@@ -132,17 +132,18 @@ _INT8_CACHE, _INT4_HEAD = "--kv-dtype int8", "--head-bits 4"
 def _savings(manifest: Manifest, filled: int) -> dict[str, float]:
     """Bytes that each option saves."""
     config, target, bits = manifest.config, target_named(manifest.target), manifest.recipe
+    footprint = RUNTIMES[manifest.runtime].footprint
     found: dict[str, float] = {}
     rows = _cache_rows(manifest, filled)
     saved = manifest.state.filled_bytes(rows) - _with_int8_cache(manifest).filled_bytes(rows)
-    if "int8" in target.kv_dtypes and saved > 0:
+    if "int8" in target.arithmetic.kv_dtypes and saved > 0:
         found[_INT8_CACHE] = saved
     if bits.head.bits > 4:
         shape = (config.vocab_size, config.hidden_size)
         narrow = recipe(bits.body.bits, bits.body.group_size or 32, 4, bits.activations).head
         wide_bytes, narrow_bytes = (
-            stored_bytes(shape, scheme, target.footprint)
-            * (_tied_copies(scheme, target.footprint) if config.tie_embedding else len((EMBEDDING, UNTIED_HEAD)))
+            stored_bytes(shape, scheme, footprint)
+            * (_tied_copies(scheme, footprint) if config.tie_embedding else len((EMBEDDING, UNTIED_HEAD)))
             for scheme in (bits.head, narrow))
         if narrow_bytes < wide_bytes:
             found[_INT4_HEAD] = wide_bytes - narrow_bytes
@@ -155,8 +156,7 @@ def _tied_copies(scheme: Scheme, footprint: Footprint) -> int:
 
 
 def _with_int8_cache(manifest: Manifest) -> StateSpec:
-    return StateSpec.of(manifest.config, manifest.state.context, "int8", target_named(manifest.target).state_layout,
-                        chunk=manifest.prefill_chunk)
+    return replace(manifest.options, kv_dtype="int8").state_spec(manifest.config, manifest.state_layout)
 
 
 def _context_that_saves(excess: float, rows: int, row_bytes: float) -> int:

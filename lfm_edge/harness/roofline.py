@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.harness.predict import scale_count, stored_bytes
 from lfm_edge.harness.stats import timed
 from lfm_edge.quantization.recipe import EMBEDDING
-from lfm_edge.targets import target_named
+from lfm_edge.targets import RUNTIMES
 
 _SMALLEST_BUFFER = 2**28
 _CACHES = 8  # how many times the last cache the buffer is
@@ -46,8 +46,8 @@ def step_bytes(manifest: Manifest, filled: float) -> int:
     Every weight, as the target's runtime has it packed, but of an embedding table that is not the head as well one row
     only; the filled part of the KV cache; the conv state.
     """
-    config, footprint = manifest.config, target_named(manifest.target).footprint
-    width = getattr(torch, manifest.compute_dtype).itemsize
+    config, footprint = manifest.config, RUNTIMES[manifest.runtime].footprint
+    width = getattr(torch, manifest.options.compute_dtype).itemsize
     total = 0.0
     for name, entry in config.weights().items():
         shape, scheme = entry.shape, manifest.recipe.scheme(name, entry)

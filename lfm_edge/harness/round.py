@@ -200,7 +200,7 @@ def _opened(plan: Plan) -> _Program:
         return _Program(built.tokenizer(), built.config.vocab_size, peer.import_runtime,
                         lambda: peer.open_session(built, plan.threads, plan.chunk or 1))
     bundle = Bundle.open(directory, check=False)  # the parent has checked it; reading it would warm the cache
-    return _Program(bundle.tokenizer(), bundle.manifest.config.vocab_size, bundle.target.runtime,
+    return _Program(bundle.tokenizer(), bundle.manifest.config.vocab_size, bundle.runtime.module,
                     lambda: bundle.session(plan.threads), bundle)
 
 

@@ -107,7 +107,7 @@ def bundle_table(bundle: Bundle) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(overflow="fold")  # names of files may be long
     recipe = manifest.recipe.to_dict()
-    activations = manifest.compute_dtype if recipe["activations"] == "float" else recipe["activations"]
+    activations = manifest.options.compute_dtype if recipe["activations"] == "float" else recipe["activations"]
     rows = [
         ("target", f"{manifest.target}: {bundle.target.runs_on}"),
         ("checkpoint", f"{manifest.source} (SHA-256 {manifest.source_sha256[:16]}...), licence: {manifest.licence}"),
@@ -116,12 +116,12 @@ def bundle_table(bundle: Bundle) -> Table:
                   f"{len(config.attention_layers)} attention layers"),
         ("weights", f"linear layers {_scheme(recipe['body'])}{_exceptions(manifest.recipe)}; "
                     f"embedding and head {_scheme(recipe['head'])}; activations {activations}"),
-        ("state", f"{manifest.state_mode}, context {manifest.state.context}: "
+        ("state", f"{manifest.options.state}, context {manifest.state.context}: "
                   f"KV {megabytes(manifest.state.nbytes_of(conv=False))}, "
                   f"conv {megabytes(manifest.state.nbytes_of(conv=True))}"),
-        ("step", f"up to {manifest.prefill_chunk} tokens"),
+        ("step", f"up to {manifest.options.prefill_chunk} tokens"),
         *([("baked prompt", f"{manifest.baked_prompt.tokens} tokens")] if manifest.baked_prompt else []),
-        *(_lowering_rows(manifest.lowering)),
+        *(_lowering_rows(manifest.decoder.lowering)),
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         *((f"file {name}", megabytes(entry["bytes"])) for name, entry in manifest.files.items()),
         *([("edited since", ", ".join(bundle.edited))] if bundle.edited else []),

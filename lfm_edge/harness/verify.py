@@ -242,7 +242,7 @@ def _check_same_weights(bundle: Bundle, weights: Weights) -> None:
 
 
 def _check_weights(bundle: Bundle, weights: Weights) -> WeightCheck:
-    stored = bundle.target.runtime().stored_constants(bundle)
+    stored = bundle.runtime.module().stored_constants(bundle)
     expected = [(name, hashlib.sha256(data).digest())
                 for name, data in bundle.target.exporter().packed_weights(bundle.manifest.config, weights)]
     return WeightCheck(len(expected), [name for name, digest in expected if digest not in stored])
@@ -254,7 +254,7 @@ def text_for(bundle: Bundle, tasks: list[dict[str, Any]], length: int | None = N
     A model far from what it was trained on is far more sensitive to rounding than in its use.
     """
     manifest, tokenizer = bundle.manifest, bundle.tokenizer()
-    count = min(length or 2 * manifest.prefill_chunk + 24, manifest.state.context)
+    count = min(length or 2 * manifest.options.prefill_chunk + 24, manifest.state.context)
     tokens: list[int] = []
     for task in tasks:
         if len(tokens) >= count:
@@ -273,8 +273,9 @@ def _windows(bundle: Bundle, path: Path) -> list[list[int]]:
 
 def _phases(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     """Those of what the bundle can do, and what it was told not to be able to do, with the reason."""
-    phases = [phase for phase in parity.PHASES if bundle.manifest.scored > 1 or phase not in parity.NEEDS_SCORES]
-    if bundle.manifest.state_mode == "explicit":
+    scored = bundle.manifest.decoder.scored
+    phases = [phase for phase in parity.PHASES if scored > 1 or phase not in parity.NEEDS_SCORES]
+    if bundle.manifest.options.state == "explicit":
         return phases, {}
     reason = "the state is inside the program (--state internal): it cannot be snapshotted"
     return ([phase for phase in phases if phase not in parity.NEEDS_SNAPSHOT],

@@ -96,12 +96,25 @@ class Decoder(nn.Module):
         scored: how many of the last tokens the logits are wanted of; None for all
         Returns logits float32 [1, min(scored, T), vocab], and the next state.
         """
-        place = self.positions(position, tokens.shape[1])
-        x = self.embed_tokens(tokens)  # [1, T, H]
+        x, following = self.body(self.embed_tokens(tokens), position, state, scored)
+        return self.head(x), following
+
+    def body(self, x: Tensor, position: Tensor, state: list[Tensor],
+             scored: int | None = 1) -> tuple[Tensor, list[Tensor]]:
+        """All layers, over embeddings: those of tokens, or whatever else stands in their place.
+
+        x: [1, T, H]; the rest as `forward` has it
+        Returns [1, min(scored, T), H], for `head`, and the next state.
+        """
+        place = self.positions(position, x.shape[1])
         following: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             # The last feed-forward need not see tokens whose logits are not wanted.
             wanted = scored if index == len(self.layers) - 1 else None
             x, updated = layer(x, place, [state[i] for i in self.state.of_layer(index)], wanted)
             following += updated
-        return self.lm_head(self.embedding_norm(x)), following
+        return x, following
+
+    def head(self, x: Tensor) -> Tensor:
+        """[1, T, H] -> logits [1, T, vocab]"""
+        return self.lm_head(self.embedding_norm(x))

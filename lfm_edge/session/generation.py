@@ -211,7 +211,7 @@ class Chat:
         return []
 
     def _is_begun(self, tokens: list[int]) -> bool:
-        """Whether the session holds a beginning of `tokens`, and not all of them."""
+        """Whether the session holds a beginning of `tokens`, and not all of them. A given embedding is no token."""
         held = self.session.tokens
         return not self.session.broken and len(held) < len(tokens) and held == tokens[:len(held)]
 

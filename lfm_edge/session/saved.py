@@ -19,10 +19,11 @@ from safetensors import safe_open
 
 from lfm_edge.checkpoint.tokenizer import Message
 from lfm_edge.errors import BundleError
-from lfm_edge.files import replacing, text
+from lfm_edge.files import replacing, text, whole_number
+from lfm_edge.session.history import Embedded, Taken, token_ids
 from lfm_edge.session.state import Snapshot, StateSpec
 
-FORMAT, VERSION = "lfm-edge session", "1"
+FORMAT, VERSION, VERSION_WITH_EMBEDDINGS = "lfm-edge session", "1", "2"
 TOKENS = "tokens"
 
 _BEGINNING = b'{"__metadata__":{"sha256":"'
@@ -68,12 +69,15 @@ class SavedSession:
         """Wider types come first, so that each tensor begins at a multiple of its size."""
         snapshot = self.snapshot
         tensors = {tensor.name: value for tensor, value in zip(snapshot.spec.tensors, snapshot.tensors, strict=True)}
-        tensors[TOKENS] = torch.tensor(snapshot.tokens, dtype=torch.int32)
+        tensors[TOKENS] = torch.tensor(token_ids(snapshot.tokens), dtype=torch.int32)
         ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+        embedded = {index: entry.digest for index, entry in enumerate(snapshot.tokens) if isinstance(entry, Embedded)}
         header: dict[str, Any] = {"__metadata__": {
-            "sha256": "0" * _DIGEST_SIZE, "format": FORMAT, "version": VERSION, "position": str(snapshot.position),
+            "sha256": "0" * _DIGEST_SIZE, "format": FORMAT,
+            "version": VERSION_WITH_EMBEDDINGS if embedded else VERSION, "position": str(snapshot.position),
             "weights_sha256": self.origin.weights_sha256, "kv_scales_sha256": self.origin.kv_scales_sha256,
-            "state": json.dumps(snapshot.spec.to_dict()), "messages": json.dumps(self.messages)}}
+            "state": json.dumps(snapshot.spec.to_dict()), "messages": json.dumps(self.messages),
+            **({"embedded": json.dumps(embedded)} if embedded else {})}}
         end = 0
         for name, value in ordered:
             start, end = end, end + value.nbytes
@@ -111,8 +115,9 @@ def _parsed(file: Any) -> SavedSession:
     metadata = file.metadata()
     if metadata["format"] != FORMAT:
         raise BundleError("not a saved session")
-    if metadata["version"] != VERSION:
-        raise BundleError(f"format version {metadata['version']}; this lfm-edge reads {VERSION}")
+    if metadata["version"] not in (VERSION, VERSION_WITH_EMBEDDINGS):
+        raise BundleError(f"format version {metadata['version']}; this lfm-edge reads {VERSION} and "
+                          f"{VERSION_WITH_EMBEDDINGS}")
     spec, position = StateSpec.from_dict(json.loads(metadata["state"])), int(metadata["position"])
     values = tuple(file.get_tensor(tensor.name) for tensor in spec.tensors)
     for tensor, value in zip(spec.tensors, values, strict=True):
@@ -126,7 +131,11 @@ def _parsed(file: Any) -> SavedSession:
         raise ValueError("the messages are no list")
     messages = tuple(_message(entry) for entry in messages)
     origin = Origin(metadata["weights_sha256"], metadata["kv_scales_sha256"])
-    return SavedSession(origin, Snapshot(spec, position, values, tuple(tokens.tolist())), messages)
+    taken: list[Taken] = tokens.tolist()
+    if metadata["version"] == VERSION_WITH_EMBEDDINGS:
+        for index, digest in json.loads(metadata["embedded"]).items():
+            taken[whole_number(int(index))] = Embedded(tokens[int(index)].item(), text(digest))
+    return SavedSession(origin, Snapshot(spec, position, values, tuple(taken)), messages)
 
 
 def _message(raw: dict[str, Any]) -> Message:

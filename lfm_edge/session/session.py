@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lfm_edge.errors import BundleError, ContextFull, LfmEdgeError
+from lfm_edge.session.history import Embedded, Taken, token_ids
 from lfm_edge.session.saved import Message, Origin, SavedSession
 from lfm_edge.session.state import APPEND, RING, Snapshot, StateSpec, StateTensor
 
@@ -30,7 +31,7 @@ class _Mark:
     """
 
     position: int
-    tokens: list[int]
+    tokens: list[Taken]
     count: int
     replaced: Any
     before: _Mark | None
@@ -47,7 +48,8 @@ class Session(ABC):
         which mend it, then raises LfmEdgeError
     vocab_size: logits that a step gives; chunk: most tokens that one step takes
     held: the tensors of the state that the session has; all of them, unless the program keeps some
-    tokens: all that were taken since the last reset, `position` of them
+    tokens: all that were taken since the last reset, `position` of them; an `Embedded` where an embedding was given
+    takes_embeddings: whether embeddings can be given in place of tokens
     origin: what a state must come from for this session to go on with it; None where no bundle told
     arithmetic: the type that it computes in
     remark: what `verify` must say about who computes, where that is not what computes on the device
@@ -59,6 +61,7 @@ class Session(ABC):
     arithmetic = "float32"
     remark = ""
     scored = 1
+    takes_embeddings = False
     multiplies_unseen = False
 
     def __init__(self, spec: StateSpec, vocab_size: int, chunk: int,
@@ -68,7 +71,7 @@ class Session(ABC):
         self.chunk = chunk
         self.held = spec.tensors if held is None else held
         self.position = 0
-        self.tokens: list[int] = []
+        self.tokens: list[Taken] = []
         self.origin: Origin | None = None
         self.state = [tensor.fresh() for tensor in self.held]
         self.broken = False
@@ -83,6 +86,10 @@ class Session(ABC):
         """The same, of the last `count` tokens: float32 [count, vocab]. Where `scored` is more than 1."""
         raise LfmEdgeError("this session tells the logits of a step's last token only")
 
+    def _embedded_step(self, embeddings: NDArray[np.float32]) -> Logits:
+        """As `_step`, of embeddings in place of tokens, float32 [T, hidden]. Where `takes_embeddings`."""
+        raise LfmEdgeError("this program looks embeddings up itself: it takes tokens only")
+
     def _room(self) -> int:
         """Most tokens that the next step takes."""
         return self.chunk
@@ -96,16 +103,36 @@ class Session(ABC):
         self._check_whole()
         tokens = [int(token) for token in tokens]
         self._check(tokens)
+        return self._advance(tokens, lambda start, end: self._step(tokens[start:end]))
 
+    def prefill_embeddings(self, tokens: Sequence[int], embeddings: NDArray[np.float32]) -> Logits:
+        """Take embeddings that are not the table's, such as those of a picture's patches.
+
+        tokens: what stands for each of them in the conversation; embeddings: float32 [T, hidden]
+        Returns and raises as `prefill` does, and LfmEdgeError where the program takes tokens only.
+        """
+        self._check_whole()
+        tokens, embeddings = [int(token) for token in tokens], np.asarray(embeddings, np.float32)
+        self._check(tokens)
+        if not self.takes_embeddings or embeddings.ndim != 2 or len(embeddings) != len(tokens):
+            raise LfmEdgeError("this program looks embeddings up itself: it takes tokens only"
+                               if not self.takes_embeddings else
+                               f"embeddings of shape {list(embeddings.shape)} for {len(tokens)} tokens")
+        taken = [Embedded.of(token, row) for token, row in zip(tokens, embeddings, strict=True)]
+        return self._advance(taken, lambda start, end: self._embedded_step(embeddings[start:end]))
+
+    def _advance(self, taken: Sequence[Taken], step: Callable[[int, int], Logits]) -> Logits:
+        """Take all of it, `step` by step. step: given where its part begins and ends; the logits after that"""
         def steps() -> Logits:
-            self._before, rest, logits = None, tokens, np.empty(0, np.float32)
-            while rest:
-                part, rest = rest[:self._room()], rest[self._room():]
-                logits = self._step(part)
-                self._take(part)
+            self._before, start, logits = None, 0, np.empty(0, np.float32)
+            while start < len(taken):
+                end = min(start + self._room(), len(taken))
+                logits = step(start, end)
+                self._take(taken[start:end])
+                start = end
             return logits
 
-        return self._change(steps, most=len(tokens))
+        return self._change(steps, most=len(taken))
 
     def decode(self, token: int) -> Logits:
         """Take one more token. Returns float32 [vocab]; raises as `prefill` does."""
@@ -196,8 +223,9 @@ class Session(ABC):
             snapshot = saved.snapshot.converted(self.spec)
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
-        if max(snapshot.tokens, default=0) >= self.vocab_size:
-            raise BundleError(f"{path}: token {max(snapshot.tokens)} is outside the vocabulary of {self.vocab_size}")
+        largest = max(token_ids(snapshot.tokens), default=0)
+        if largest >= self.vocab_size:
+            raise BundleError(f"{path}: token {largest} is outside the vocabulary of {self.vocab_size}")
         self.restore(snapshot)
         return list(saved.messages)
 
@@ -261,12 +289,12 @@ class Session(ABC):
         self.position, self.tokens, self._before = mark.position, mark.tokens[:mark.count], mark.before
         self._replace(mark.replaced)
 
-    def _stand(self, position: int, tokens: list[int]) -> None:
+    def _stand(self, position: int, tokens: list[Taken]) -> None:
         """Where the state that is there now is of."""
         self.position, self.tokens, self._before = position, tokens, None
         self._reached = max(self._reached, position)
 
-    def _take(self, tokens: list[int]) -> None:
+    def _take(self, tokens: Sequence[Taken]) -> None:
         """Count what a step has taken."""
         self.position += len(tokens)
         self.tokens += tokens

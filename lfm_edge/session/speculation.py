@@ -10,22 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lfm_edge.session.history import Embedded, Taken
+
 _SUFFIXES = (4, 3, 2)  # lengths of what is looked up, the surest first
 
 
 class PromptLookup:
     """Where each short run of tokens was last followed by something.
 
-    never: tokens that are not guessed, nor what comes after them
+    never: tokens that are not guessed, as embeddings are not, nor what comes after them
     """
 
     def __init__(self, never: Sequence[int] = ()) -> None:
         self._never = frozenset(never)
-        self._tokens: list[int] = []
-        self._followed: dict[tuple[int, ...], int] = {}  # a run of tokens -> where its continuation begins
+        self._tokens: list[Taken] = []
+        self._followed: dict[tuple[Taken, ...], int] = {}  # a run of tokens -> where its continuation begins
         self._trusts = True
 
-    def extend(self, tokens: Sequence[int]) -> None:
+    def extend(self, tokens: Sequence[Taken]) -> None:
         """Read on."""
         for token in tokens:
             end = len(self._tokens)
@@ -40,7 +42,8 @@ class PromptLookup:
             start = self._followed.get(tuple(self._tokens[-size:]))
             if start is not None:
                 guessed = self._tokens[start:start + max(most, 0)]
-                return guessed[:next((index for index, token in enumerate(guessed) if token in self._never), None)]
+                return guessed[:next((index for index, token in enumerate(guessed)
+                                      if token in self._never or isinstance(token, Embedded)), None)]
         return []
 
     def hear(self, right: bool) -> None:

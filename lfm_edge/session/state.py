@@ -18,7 +18,8 @@ import torch
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.layers import CONV
 from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.files import text, whole_number
+from lfm_edge.files import one_of, text, whole_number
+from lfm_edge.session.history import Taken
 from lfm_edge.session.layout import APPEND, REPLACE, RING, SHIFT, SLIDE, UPDATES, StateLayout
 
 KINDS = ("conv", "key", "value", "key_scale", "value_scale", "key_zero_point", "value_zero_point")
@@ -289,9 +290,9 @@ class StateSpec:
 
 def _tensor(raw: dict[str, Any]) -> StateTensor:
     """One entry of a layout, each value of the kind that it must be. Raises ValueError, KeyError or TypeError."""
-    tensor = StateTensor(text(raw["name"]), whole_number(raw["layer"]), _one_of(KINDS, raw["kind"]),
-                         tuple(whole_number(size) for size in raw["shape"]), _one_of(DTYPES, raw["dtype"]),
-                         _one_of(UPDATES, raw["update"]), float(raw.get("initial", 0.0)),
+    tensor = StateTensor(text(raw["name"]), whole_number(raw["layer"]), one_of(KINDS, raw["kind"]),
+                         tuple(whole_number(size) for size in raw["shape"]), one_of(DTYPES, raw["dtype"]),
+                         one_of(UPDATES, raw["update"]), float(raw.get("initial", 0.0)),
                          whole_number(raw.get("axis", 1)), whole_number(raw.get("window", 0)))
     if not math.isfinite(tensor.initial):
         raise ValueError(f"{tensor.name} begins with {tensor.initial}")
@@ -302,12 +303,6 @@ def _tensor(raw: dict[str, Any]) -> StateTensor:
     if tensor.update == SLIDE and tensor.rows < tensor.window:
         raise ValueError(f"{tensor.name} has {tensor.rows} rows for a window of {tensor.window}")
     return tensor
-
-
-def _one_of(known: tuple[str, ...], value: Any) -> str:
-    if value not in known:
-        raise ValueError(f"{value!r} is none of {', '.join(known)}")
-    return value
 
 
 def _conv_state(config: ModelConfig, layer: int, layout: StateLayout, dtype: str) -> list[StateTensor]:
@@ -354,13 +349,13 @@ class Snapshot:
 
     Of a KV cache only the filled rows are kept.
 
-    tokens: all that the session has taken, `position` of them
+    tokens: all that the session has taken, `position` of them; an `Embedded` where an embedding was given
     """
 
     spec: StateSpec
     position: int
     tensors: tuple[torch.Tensor, ...]
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[Taken, ...] = ()
 
     @property
     def nbytes(self) -> int:

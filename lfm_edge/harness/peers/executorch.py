@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_json_object
@@ -114,4 +114,4 @@ def _params(config: ModelConfig) -> dict[str, Any]:
 
 def _runtime() -> Any:
     """Our own binding of ExecuTorch: the same for its programs as for ours."""
-    return target_named("android-q4").runtime()
+    return target_named("android-q4").runtime.module()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.peers.peer import (

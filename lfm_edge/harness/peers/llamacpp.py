@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import lfm_edge
-from lfm_edge.bundle.bundle import Bundle, Manifest
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.harness.peers.peer import REPEATED, Arguments, Built, Peer, Traits, group_size, traits_of
 from lfm_edge.session.session import Session
 from lfm_edge.session.state import StateSpec
@@ -28,7 +29,7 @@ class LlamaCpp(Peer):
 
     def arguments(self, manifest: Manifest) -> Arguments:
         target = _target(manifest.recipe.body.bits)
-        target.runtime()  # raises where it is not installed
+        target.runtime.module()  # raises where it is not installed
         context = manifest.state.context
         return {"target": target.name, "context": context, "prefill_chunk": min(_UBATCH, context),
                 "group_size": group_size(manifest), "head_bits": manifest.recipe.head.bits}
@@ -45,7 +46,7 @@ class LlamaCpp(Peer):
         return built.manifest.state
 
     def import_runtime(self) -> None:
-        _target(4).runtime()
+        _target(4).runtime.module()
 
     def open_session(self, built: Built, threads: int | None, chunk: int) -> Session:
         return Bundle.open(built.artifact, check=False).session(threads)

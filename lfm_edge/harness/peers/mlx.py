@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm_edge.bundle.bundle import Manifest
+from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.peers.peer import REPEATED, Arguments, Built, Peer, PeerSession, Traits, group_size
 from lfm_edge.session.session import Logits, Session
@@ -30,7 +30,7 @@ class MlxLm(Peer):
     def arguments(self, manifest: Manifest) -> Arguments:
         if not manifest.config.tie_embedding:
             raise LfmEdgeError(f"--against {self.name}: it knows LFM2 with a tied head only")
-        dtype = manifest.compute_dtype if manifest.target.startswith("mlx") else "bfloat16"
+        dtype = manifest.options.compute_dtype if manifest.target.startswith("mlx") else "bfloat16"
         return {"q_bits": manifest.recipe.body.bits, "q_group_size": group_size(manifest),
                 "head_bits": manifest.recipe.head.bits, "dtype": dtype, "context": manifest.state.context}
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lfm_edge.bundle.bundle import MANIFEST, Manifest
+from lfm_edge.bundle.manifest import MANIFEST, Manifest
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import LfmEdgeError
@@ -174,8 +174,8 @@ def traits_of(manifest: Manifest) -> Traits:
     mixed = f", some {', '.join(sorted({scheme_line(scheme) for scheme in bits.mixed.values()}))}" if bits.mixed else ""
     return {"linear layers": scheme_line(bits.body) + mixed, "head": scheme_line(bits.head),
             "embedding": scheme_line(bits.head), "activations": bits.activations,
-            "computes in": manifest.compute_dtype, "KV cache": ", ".join(caches) or "none",
-            "step of prefill": f"{manifest.prefill_chunk} tokens", "rounding": bits.rounding}
+            "computes in": manifest.options.compute_dtype, "KV cache": ", ".join(caches) or "none",
+            "step of prefill": f"{manifest.options.prefill_chunk} tokens", "rounding": bits.rounding}
 
 
 def scheme_line(scheme: Scheme) -> str:
