@@ -59,10 +59,10 @@ class ExportOptions:
         """
         self._check_numbers()
         bits = self._bits(target)
-        compute_dtype = self.compute_dtype or target.arithmetic.compute_dtypes[0]
+        compute_dtype = _given(self.compute_dtype, target.arithmetic.compute_dtypes[0])
         _check_choice("--compute-dtype", compute_dtype, target, target.arithmetic.compute_dtypes)
         kv_dtypes = target.arithmetic.kv_choices(compute_dtype)
-        kv_dtype = self.kv_dtype or kv_dtypes[0]
+        kv_dtype = _given(self.kv_dtype, kv_dtypes[0])
         _check_choice("--kv-dtype", kv_dtype, target, kv_dtypes)
         _check_choice("--state", self.state, target, target.state_modes)
         _check_choice("--rounding", self.rounding, target, ROUNDINGS)
@@ -76,12 +76,12 @@ class ExportOptions:
         """What the recipe's file says, or the options where there is none. Raises ExportError where it is none."""
         if self.recipe is not None:
             return MixedBits.read(Path(self.recipe))
-        return MixedBits(self.group_size or DEFAULT_GROUP_SIZE, self.head_bits or DEFAULT_HEAD_BITS, {})
+        return MixedBits(_given(self.group_size, DEFAULT_GROUP_SIZE), _given(self.head_bits, DEFAULT_HEAD_BITS), {})
 
     def for_model(self, config: ModelConfig) -> ExportOptions:
         """The same with the context that the model can have. Raises ExportError where it can have none of that size."""
         limit = config.max_position_embeddings
-        context = min(DEFAULT_CONTEXT, limit) if self.context is None else self.context
+        context = _given(self.context, min(DEFAULT_CONTEXT, limit))
         if context > limit:
             raise ExportError(f"--context {context} is more than the model's {limit}")
         return replace(self, context=context, prefill_chunk=min(self.prefill_chunk, context))
@@ -129,10 +129,14 @@ class ExportOptions:
     def _chips(self, target: Target) -> str | None:
         """The chips by their names, each once."""
         if target.runtime.takes_chip:
-            return ",".join(soc.name for soc in socs_named(self.soc or DEFAULT_SOC))
+            return ",".join(soc.name for soc in socs_named(_given(self.soc, DEFAULT_SOC)))
         if self.soc is not None:
             raise ExportError(f"--soc {self.soc}: {target.name} is not compiled for chips")
         return None
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _check_choice(option: str, value: Any, target: Target, allowed: tuple[Any, ...]) -> None:
