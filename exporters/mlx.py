@@ -396,7 +396,7 @@ from tokenizers import Tokenizer
 
 with open("manifest.json") as file:
     manifest = json.load(file)
-layout, chunk = manifest["state"]["tensors"], manifest["prefill_chunk"]
+layout, chunk = manifest["state"]["tensors"], manifest["options"]["prefill_chunk"]
 function = mx.import_function("model.mlxfn" if mx.metal.is_available() else "model.cpu.mlxfn")
 weights = mx.load("model.safetensors")
 tokenizer = Tokenizer.from_file("tokenizer.json")

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -239,7 +240,8 @@ def reopened(directory, rename=None):
             for entry in tensor.external_data:
                 entry.value = rename if entry.key == "location" else entry.value
         onnx.save(model, graph)
-    Bundle.open(directory, check=False).manifest.write(directory)
+    manifest = Bundle.open(directory, check=False).manifest
+    replace(manifest, parts=(replace(manifest.decoder, files=()),)).write(directory)
     return Bundle.open(directory)
 
 

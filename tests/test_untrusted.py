@@ -337,7 +337,7 @@ def test_a_bundle_does_not_tell_where_its_checkpoint_lies(tiny_bundle):
         assert path.is_dir() or not any(trace in path.read_bytes() for trace in traces), path
 
 
-def test_a_checkpoint_that_has_moved_must_be_given(bundle, tmp_path):
+def test_a_checkpoint_that_has_moved_must_be_given(bundle, tmp_path, nobody_s_cache):
     moved = shutil.copytree(TINY, tmp_path / "moved")
     digest = open_checkpoint(moved).digest()
     edit(bundle, lambda manifest: manifest.update(source_sha256=digest))
@@ -348,7 +348,7 @@ def test_a_checkpoint_that_has_moved_must_be_given(bundle, tmp_path):
     assert open_bundle(bundle).source(moved).digest() == digest
 
 
-def test_another_checkpoint_in_the_recorded_place_is_refused(bundle):
+def test_another_checkpoint_in_the_recorded_place_is_refused(bundle, nobody_s_cache):
     remember("0" * 64, str(TINY))
 
     with pytest.raises(BundleError, match="not the checkpoint that"):
