@@ -8,8 +8,9 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,12 +22,15 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from lfm_edge.checkpoint.presets import DEFAULT_MODEL
-from lfm_edge.errors import LfmEdgeError
+from lfm_edge.errors import ContextFull, LfmEdgeError
 from lfm_edge.files import check_outputs, write_text
 from lfm_edge.stdout import checked_stdout
 
 if TYPE_CHECKING:
     from lfm_edge.bundle.bundle import Bundle
+    from lfm_edge.session.generation import Chat
+    from lfm_edge.session.sampling import Sampling
+    from lfm_edge.session.session import Session
 
 
 class _Commands(TyperGroup):
@@ -57,6 +61,23 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result 
                                                                "in place of the table.", show_default=False)]
 Baked = Annotated[bool, typer.Option("--baked-prompt/--no-baked-prompt",
                                      help="Start after the system prompt that the bundle ships, where it has one.")]
+Temperature = Annotated[float | None, typer.Option(
+    min=0.0, help="0 takes the best token; the higher, the more random. (default: this and the four below as the "
+                  "checkpoint's generation_config.json has them, or the best token)", show_default=False)]
+TopK = Annotated[int | None, typer.Option(min=0, help="Draw from so many of the best tokens only; 0 for all.",
+                                          show_default=False)]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from the fewest best tokens that together "
+                                                                   "have this probability.", show_default=False)]
+MinP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from tokens that have at least this share of "
+                                                                   "the best one's probability.", show_default=False)]
+RepetitionPenalty = Annotated[float | None, typer.Option(min=0.0, help="Above 1: tokens that have occurred become less "
+                                                                       "likely.", show_default=False)]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Take the best token, whatever the checkpoint says.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt to begin with.",
+                                            show_default=False)]
+TemplateOption = Annotated[list[str] | None, typer.Option(
+    metavar="KEY=VALUE", help="A switch of the chat template, such as enable_thinking=false; may be given again.",
+    show_default=False)]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 Lookahead = Annotated[int, typer.Option(min=0, help="Guess up to so many tokens from what the conversation repeats, "
                                                      "and check them in one step: the same text, sooner where it "
@@ -320,39 +341,67 @@ def report(
 @app.command()
 def generate(
     bundle: BundlePath,
-    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="What to say to the model; with --raw, the text to continue.",
+                                        show_default=False)],
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template: tokens "
+                                                    "such as <|im_start|> may stand in it.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 512,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    greedy: Greedy = False,
     seed: Seed = 0,
     lookahead: Lookahead = 0,
+    system: System = None,
+    template_option: TemplateOption = None,
     baked_prompt: Baked = True,
     threads: Threads = None,
 ) -> None:
-    """Continue a prompt; the text goes to standard output as it comes.
+    """Answer one prompt; the text goes to standard output as it comes.
 
-    The prompt is what the model reads: tokens such as <|im_start|> may stand in it.
+    The prompt goes through the bundle's chat template, where it has one. Without one, or with --raw, it is continued.
     """
     opened = _open(bundle)
+    sampling = _sampling(opened, greedy, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                         repetition_penalty=repetition_penalty)
+    from lfm_edge.session.generation import Chat, text_pieces
     from lfm_edge.session.generation import generate as run
-    from lfm_edge.session.generation import text_pieces
 
-    tokenizer, session = opened.tokenizer(), opened.session(threads)
-    if baked_prompt and opened.baked_prompt:
-        session.load(opened.baked_prompt)
-    tokens = run(session, tokenizer.encode(prompt, special=session.position == 0), max_tokens=max_tokens,
-                 temperature=temperature, seed=seed, stop=opened.manifest.config.eos_token_ids, lookahead=lookahead)
-    for piece in text_pieces(tokenizer, tokens):
-        _say(piece)
-    _say("\n")
+    tokenizer, stop = opened.tokenizer(), opened.manifest.config.eos_token_ids
+    if raw and (system is not None or template_option):
+        raise LfmEdgeError("--raw: without the chat template there is no --system and no --template-option")
+    baked = opened.baked_prompt if baked_prompt else None
+    if raw or tokenizer.template is None:
+        session = _session(opened, threads)
+        if baked:
+            session.load(baked)
+        tokens = run(session, tokenizer.encode(prompt, special=session.position == 0), max_tokens=max_tokens,
+                     sampling=sampling, seed=seed, stop=stop, lookahead=lookahead)
+        pieces = text_pieces(tokenizer, tokens)
+    else:
+        conversation = Chat(_session(opened, threads), tokenizer, stop, baked, system=system,
+                            options=_template_options(template_option))
+        session = conversation.session
+        pieces = conversation.answer(prompt, max_tokens=max_tokens, sampling=sampling, seed=seed, lookahead=lookahead)
+    _say_timed(pieces, session)
 
 
 @app.command()
 def chat(
     bundle: BundlePath,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token; higher is more random.")] = 0.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    greedy: Greedy = False,
     seed: Seed = 0,
     lookahead: Lookahead = 0,
+    system: System = None,
+    template_option: TemplateOption = None,
     baked_prompt: Baked = True,
     tools: Annotated[Path | None, typer.Option(
         metavar="FILE", help="JSON schemas of functions that the model may call, a list or one: the chat template "
@@ -364,37 +413,108 @@ def chat(
 ) -> None:
     """Talk with a bundle through its chat template.
 
-    An empty line or end of input leaves, /reset begins anew, /tool RESULT says what a function gave that the model
-    called. Ctrl-C ends an answer, and the conversation is as it was before the question; at the prompt it leaves.
+    /help lists the commands; an empty line, /quit or the end of input leaves. Ctrl-C ends an answer, and the
+    conversation is as it was before the question; at the prompt it leaves.
     """
     opened = _open(bundle)
     check_outputs({"--session": session}, opened.files)
+    sampling = _sampling(opened, greedy, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                         repetition_penalty=repetition_penalty)
     from lfm_edge.session.generation import Chat, read_tools
 
     functions = None if tools is None else read_tools(tools)
-    conversation = Chat(opened.session(threads), opened.tokenizer(), opened.manifest.config.eos_token_ids,
-                        opened.baked_prompt if baked_prompt else None, functions)
+    if session is not None and session.exists() and system is not None:
+        raise LfmEdgeError(f"--system: the conversation in {session} has begun already; leave it out")
+    conversation = Chat(_session(opened, threads), opened.tokenizer(), opened.manifest.config.eos_token_ids,
+                        opened.baked_prompt if baked_prompt else None, system=system, tools=functions,
+                        options=_template_options(template_option))
     with conversation.kept_in(session) as goes_on:
         if goes_on:
             err.print(f"{session}: goes on after {len(conversation.messages)} messages, "
                       f"{conversation.session.position} tokens", highlight=False, markup=False, soft_wrap=True)
         for line in _lines("> "):
-            if line == "/reset":
+            word, _, rest = line.partition(" ")
+            if word == "/quit":
+                break
+            if word == "/reset":
                 conversation.reset()
-                continue
-            role, said = ("tool", line[len("/tool"):].strip()) if line.split()[0] == "/tool" else ("user", line)
-            answer = conversation.answer(said, role=role, max_tokens=max_tokens, temperature=temperature, seed=seed,
-                                         lookahead=lookahead)
-            try:
-                with closing(answer):
-                    for piece in answer:
-                        _say(piece)
-            except LfmEdgeError as error:
-                _complain(error)
-            except KeyboardInterrupt:
-                if not sys.stdin.isatty():
-                    raise
-            _say("\n")
+            elif word == "/help":
+                err.print(_CHAT_HELP, highlight=False, markup=False)
+            elif word.startswith("/") and word != "/tool":
+                err.print(f"{word}: no such command; /help lists them", highlight=False, markup=False)
+            else:
+                role, said = ("tool", rest.strip()) if word == "/tool" else ("user", line)
+                _answer(conversation, said, role, max_tokens=max_tokens, sampling=sampling, seed=seed,
+                        lookahead=lookahead)
+
+
+_CHAT_HELP = """\
+/reset         begin a new conversation
+/tool RESULT   say what a function gave that the model called
+/quit          leave, as an empty line does
+/help          this"""
+
+
+def _answer(conversation: Chat, said: str, role: str, **options: Any) -> None:
+    """One turn. What goes wrong is told, and the conversation goes on."""
+    try:
+        with closing(conversation.answer(said, role=role, **options)) as answer:
+            _say_timed(answer, conversation.session)
+        return
+    except ContextFull as error:
+        _complain(f"{error}; /reset begins anew")
+    except LfmEdgeError as error:
+        _complain(error)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    _say("\n")
+
+
+def _say_timed(pieces: Iterable[str], session: Session) -> None:
+    """Say a text as it comes; on a terminal, how fast that was."""
+    first = None
+    for piece in pieces:
+        if first is None:
+            first, before = time.monotonic(), session.position
+        _say(piece)
+    _say("\n")
+    if first is not None and err.is_terminal and session.position > before:
+        seconds, tokens = time.monotonic() - first, session.position - before
+        err.print(f"[{tokens} tokens, {tokens / max(seconds, 1e-9):,.1f} a second]", style="dim", markup=False,
+                  highlight=False)
+
+
+def _session(bundle: Bundle, threads: int | None) -> Session:
+    """The bundle's session; on a terminal, a word while it loads."""
+    with err.status("loading ...") if err.is_terminal else nullcontext():
+        return bundle.session(threads)
+
+
+def _sampling(bundle: Bundle, greedy: bool, **given: float | None) -> Sampling:
+    """How tokens are chosen: what was given, or else what the model's makers say."""
+    from lfm_edge.session.sampling import Sampling
+
+    if greedy:
+        others = [name for name, value in given.items() if value is not None]
+        if others:
+            raise LfmEdgeError(f"--greedy: takes the best token; leave out --{others[0].replace('_', '-')}")
+        return Sampling()
+    return bundle.sampling.changed(**given)
+
+
+def _template_options(given: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` by key; a value that is JSON (true, 3, null) is that, another one is text."""
+    options = {}
+    for entry in given or []:
+        key, equals, value = entry.partition("=")
+        if not key.isidentifier() or not equals:
+            raise LfmEdgeError(f"--template-option {entry}: expected KEY=VALUE, such as enable_thinking=false")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
 
 
 @app.command()

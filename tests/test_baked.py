@@ -177,9 +177,9 @@ def test_the_commands_start_after_it_unless_told_not_to(onnx):
                                              stop=stop)))
     session.reset()
     without = tokenizer.decode(list(generate(session, tokenizer.encode("12+30"), max_tokens=8, stop=stop)))
-    given = lfm_edge("generate", where, "--prompt", "12+30", "--max-tokens", "8")
+    given = lfm_edge("generate", where, "--raw", "--prompt", "12+30", "--max-tokens", "8")
     assert (given.returncode, given.stdout) == (0, with_it + "\n"), given.stderr
-    plain = lfm_edge("generate", where, "--prompt", "12+30", "--max-tokens", "8", "--no-baked-prompt")
+    plain = lfm_edge("generate", where, "--raw", "--prompt", "12+30", "--max-tokens", "8", "--no-baked-prompt")
     assert (plain.returncode, plain.stdout) == (0, without + "\n"), plain.stderr
 
 

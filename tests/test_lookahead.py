@@ -68,10 +68,10 @@ def test_a_conversation_goes_on_after_guesses(bundle):
 
 
 def test_the_command_line_takes_it_and_refuses_too_much(bundle):
-    plain = lfm_edge("generate", bundle.directory, "--prompt", "abcabcabc", "--max-tokens", 24)
-    ahead = lfm_edge("generate", bundle.directory, "--prompt", "abcabcabc", "--max-tokens", 24, "--lookahead", 7)
+    command = ("generate", bundle.directory, "--raw", "--prompt", "abcabcabc", "--max-tokens", 24)
+    plain, ahead = lfm_edge(*command), lfm_edge(*command, "--lookahead", 7)
     assert plain.returncode == ahead.returncode == 0 and plain.stdout == ahead.stdout
-    refused = lfm_edge("generate", bundle.directory, "--prompt", "abc", "--lookahead", 64)
+    refused = lfm_edge("generate", bundle.directory, "--raw", "--prompt", "abc", "--lookahead", 64)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "a lookahead of 64" in refused.stderr
 
 

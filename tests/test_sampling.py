@@ -6,7 +6,8 @@ import pytest
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.tokenizer import TextTokenizer, write_chatml_tokenizer
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.session.generation import Chat, generate, sample
+from lfm_edge.session.generation import Chat, generate
+from lfm_edge.session.sampling import Sampling
 from lfm_edge.session.session import Session
 from lfm_edge.session.state import StateSpec
 from tests.helpers import hf_config
@@ -35,22 +36,21 @@ class Says(Session):
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logits_that_are_not_finite_are_one_line_that_says_what_to_do(logits, temperature):
     with pytest.raises(LfmEdgeError, match=r"^the logits are not finite.*--compute-dtype, such as float32$"):
-        list(generate(Says(logits), [1], max_tokens=4, temperature=temperature))
+        list(generate(Says(logits), [1], max_tokens=4, sampling=Sampling(temperature)))
 
 
 def test_tokens_that_are_ruled_out_are_no_fault():
     logits = np.where(np.arange(300) == 5, 1.0, -np.inf).astype(np.float32)
 
-    assert sample(logits, 0.0, np.random.default_rng(0)) == sample(logits, 0.7, np.random.default_rng(0)) == 5
+    for sampling in (Sampling(), Sampling(0.7), Sampling(0.7, top_k=3), Sampling(0.7, top_p=0.5, min_p=0.1)):
+        assert sampling.next_token(logits, set(), np.random.default_rng(0)) == 5
 
 
-@pytest.mark.parametrize("options", [{"seed": -1}, {"temperature": -0.1}, {"temperature": float("nan")},
-                                     {"temperature": float("inf")}])
-def test_a_seed_or_a_temperature_that_is_none_is_one_line_and_takes_nothing(options):
+def test_a_seed_that_is_none_is_one_line_and_takes_nothing():
     session = Says(np.zeros(300, np.float32))
 
     with pytest.raises(LfmEdgeError, match="must be at least 0"):
-        generate(session, [1], max_tokens=4, **options)
+        generate(session, [1], max_tokens=4, seed=-1)
     assert session.position == 0
 
 

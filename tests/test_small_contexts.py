@@ -56,9 +56,9 @@ def test_the_smallest_context_is_verified_on_the_npu(source, tmp_path):
 
 def test_a_full_context_is_one_line_and_not_a_traceback(source, tmp_path):
     export(source, target="onnx-q4", output=tmp_path / "bundle", context=2)
-    answer = lfm_edge("generate", tmp_path / "bundle", "--prompt", "", "--max-tokens", "9")
+    answer = lfm_edge("generate", tmp_path / "bundle", "--raw", "--prompt", "", "--max-tokens", "9")
     assert answer.returncode == 0, answer.stderr
-    for ended in (lfm_edge("generate", tmp_path / "bundle", "--prompt", "a long one"),
+    for ended in (lfm_edge("generate", tmp_path / "bundle", "--raw", "--prompt", "a long one"),
                   lfm_edge("bench", tmp_path / "bundle")):
         assert ended.returncode == 2 and "context of 2" in ended.stderr and "Traceback" not in ended.stderr
     said = lfm_edge("chat", tmp_path / "bundle", input="hello\n")

@@ -11,8 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from lfm_edge import open_bundle
-from lfm_edge.session.generation import generate
+from lfm_edge import generate, open_bundle
 
 PER_TASK = 2
 MAX_TOKENS = 48

@@ -17,11 +17,12 @@ from lfm_edge.bundle.output import new_directory
 from lfm_edge.bundle.parts import files_of
 from lfm_edge.checkpoint.checkpoint import RANDOM, Checkpoint, is_hub_id, open_checkpoint
 from lfm_edge.checkpoint.sources import place_of
-from lfm_edge.checkpoint.tokenizer import TextTokenizer
+from lfm_edge.checkpoint.tokenizer import GENERATION_CONFIG, TextTokenizer
 from lfm_edge.errors import BundleError, CheckpointError, LfmEdgeError
 from lfm_edge.files import read_json_object
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.session.sampling import Sampling
 from lfm_edge.targets import RUNTIMES, Runtime, Target, target_named
 
 if TYPE_CHECKING:
@@ -109,6 +110,16 @@ class Bundle:
     def tokenizer(self) -> TextTokenizer:
         """The bundle's tokenizer and chat template."""
         return TextTokenizer(self.directory, self.manifest.files)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its makers want it to choose tokens: what generation_config.json says.
+
+        Raises LfmEdgeError where that holds a value that is none.
+        """
+        if GENERATION_CONFIG not in self.manifest.files:
+            return Sampling()
+        return Sampling.of_generation_config(read_json_object(self.directory / GENERATION_CONFIG, BundleError))
 
     def source(self, model: str | Path | None = None) -> Checkpoint:
         """The checkpoint that it was exported from.

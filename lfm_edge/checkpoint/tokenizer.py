@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from itertools import groupby, product
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -33,6 +34,7 @@ Message = dict[str, Any]  # `role` and `content`, and what else a chat template 
 # The tokens that tokenizer_config.json gives a purpose.
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_NAME = re.compile(r"\w[\w.-]*")
+_GIVEN = ("messages", "add_generation_prompt", "tools", "bos_token", "eos_token", "pad_token")  # to chat templates
 _PLAIN: list[Message] = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
 
 # Ids 0 to 15 of the published LFM2 / LFM2.5 vocabulary of 65,536 tokens.
@@ -205,20 +207,21 @@ class TextTokenizer:
         read = [token for token in self.encode(text, special=False) if token in control]
         return said if read == [token for token in ids if token in control] else {**said, "tokens": list(ids)}
 
-    def chat(self, messages: Sequence[Message], *, answer: bool = True,
-             tools: Sequence[Any] | None = None) -> list[int]:
+    def chat(self, messages: Sequence[Message], *, answer: bool = True, tools: Sequence[Any] | None = None,
+             options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a conversation; with `answer`, up to where the assistant speaks next.
 
         Control tokens that a message spells are text, but those that the assistant said.
         tools: JSON schemas of the functions that the model may call, as the chat template takes them
+        options: the template's own switches (`check_options`)
 
         Raises BundleError where there is no chat template, or the template refuses.
         """
         texts: list[str] = list(self.templates.values())
-        mapped([messages, tools], lambda text: texts.append(_check_text(text)) or text)
+        mapped([messages, tools, options], lambda text: texts.append(_check_text(text)) or text)
         stand_ins = StandIns(self.backend, self.control, "\0".join(texts))
         text = self._render([self._covered(message, stand_ins) for message in messages], answer=answer,
-                            tools=mapped(tools, stand_ins.cover))
+                            tools=mapped(tools, stand_ins.cover), options=mapped(options, stand_ins.cover))
         if not stand_ins:
             return self.encode(text, special=False)
         if stand_ins.mark not in self._respelled:
@@ -241,16 +244,33 @@ class TextTokenizer:
         return {**plain, "content": "".join(text if is_control else stand_ins.cover(text)
                                             for is_control, text in parts)}
 
-    def _render(self, messages: Sequence[Message], *, answer: bool = False, tools: Sequence[Any] | None = None) -> str:
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises LfmEdgeError where the chat template has no such switch."""
+        if not options:
+            return
+        environment, switches = _environment(), set()
+        with limited_time():
+            for template in self.templates.values():
+                with suppress(TemplateError):  # rendering it says what is wrong
+                    switches |= find_undeclared_variables(environment.parse(template))
+        switches -= {*_GIVEN, *environment.globals}
+        for name in options:
+            if name not in switches:
+                raise LfmEdgeError(f"the chat template of this bundle has no switch '{name}'; it has "
+                                   f"{', '.join(sorted(switches)) or 'none'}")
+
+    def _render(self, messages: Sequence[Message], *, answer: bool = False, tools: Sequence[Any] | None = None,
+                options: Mapping[str, Any] | None = None) -> str:
         """What the chat template makes of a conversation."""
         template = self.templates.get(TOOL_TEMPLATE, self.template) if tools is not None else self.template
         if template is None:
-            raise BundleError("this bundle has no chat template; use `generate` with a plain prompt")
+            raise BundleError("this bundle has no chat template; `generate --raw` continues a plain text")
         tokens = {name: _content(self.config.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")}
         try:
             with limited_time():
                 return _environment().from_string(template).render(
-                    messages=messages, add_generation_prompt=answer, tools=tools, **tokens)
+                    **{**(options or {}), "messages": messages, "add_generation_prompt": answer, "tools": tools,
+                       **tokens})
         except Exception as error:  # a template is foreign code; it can raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BundleError(f"chat template: {reason}") from None

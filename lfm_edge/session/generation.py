@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,63 +13,52 @@ import numpy as np
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import BundleError, ContextFull, LfmEdgeError
 from lfm_edge.files import read_text
+from lfm_edge.session.history import token_ids
+from lfm_edge.session.sampling import Sampling
 from lfm_edge.session.saved import Message
-from lfm_edge.session.session import Logits, Session
+from lfm_edge.session.session import Session
 from lfm_edge.session.speculation import PromptLookup
 
-
-def sample(logits: Logits, temperature: float, generator: np.random.Generator) -> int:
-    """The next token: the best one at temperature 0, drawn from softmax(logits / temperature) above.
-
-    logits: float32 [vocab]
-    Raises LfmEdgeError where the best of them is no finite number.
-    """
-    if not np.isfinite(logits.max()):  # of NaN, too, there is a first best
-        raise LfmEdgeError("the logits are not finite: numbers overflow in this program; export with another "
-                           "--compute-dtype, such as float32")
-    if temperature == 0.0:
-        return int(logits.argmax())
-    scaled = (logits - logits.max()).astype(np.float64) / temperature
-    weights = np.exp(scaled)
-    return int(generator.choice(len(weights), p=weights / weights.sum()))
+GREEDY = Sampling()
 
 
 def generate(session: Session, prompt: Sequence[int], *, max_tokens: int, stop: Sequence[int] = (),
-             temperature: float = 0.0, seed: int = 0, lookahead: int = 0) -> Iterator[int]:
+             sampling: Sampling = GREEDY, seed: int = 0, lookahead: int = 0) -> Iterator[int]:
     """Prefill `prompt` at the session's position, then give one token after the other.
 
+    sampling: how each is chosen; what repeats is what occurs in the whole conversation
     lookahead: most tokens to guess from the conversation so far and check in one step. The tokens are the same
         without, but for logits that differ by no more than the roundings of a step of another length.
 
     Ends at a stop token (which is not given), after `max_tokens`, or when the context is full. When the iterator ends,
     the session has taken every token given and no other; closed early, at least all but the last. Raises LfmEdgeError
-    where the program cannot tell the logits of so many tokens, for a temperature or a seed below 0, and where logits
-    are not finite.
+    where the program cannot tell the logits of so many tokens, for a seed below 0, and where logits are not finite.
     """
-    if not 0 <= temperature < math.inf or seed < 0:
-        raise LfmEdgeError(f"temperature {temperature}, seed {seed}: both must be at least 0, and finite")
+    if seed < 0:
+        raise LfmEdgeError(f"seed is {seed}; it must be at least 0")
     if lookahead and lookahead >= session.scored:
         raise LfmEdgeError(f"a lookahead of {lookahead}: " + (
             "this program tells the logits of a step's last token only" if session.scored == 1 else
             f"at most {session.scored - 1}, as this program tells the logits of {session.scored} tokens of a step"))
-    return _generate(session, list(prompt), max_tokens, stop, temperature, np.random.default_rng(seed), lookahead)
+    return _generate(session, list(prompt), max_tokens, stop, sampling, np.random.default_rng(seed), lookahead)
 
 
-def _generate(session: Session, prompt: list[int], max_tokens: int, stop: Sequence[int], temperature: float,
+def _generate(session: Session, prompt: list[int], max_tokens: int, stop: Sequence[int], sampling: Sampling,
               generator: np.random.Generator, lookahead: int) -> Iterator[int]:
     rows = session.prefill(prompt)[None]  # logits of what comes after none, one, two ... of the guesses
     before, given, guesses = len(session.tokens), [], []
-    room = session.spec.context - session.position
+    room, seen = session.spec.context - session.position, set(token_ids(session.tokens))
     lookup = PromptLookup(never=stop)
     lookup.extend(session.tokens if lookahead else [])
     try:
         while True:
             right = 0
             for row, guess in zip(rows, [*guesses, None], strict=True):
-                token = sample(row, temperature, generator)
+                token = sampling.next_token(row, seen, generator)
                 if token in stop or len(given) == max_tokens:
                     return
                 given.append(token)
+                seen.add(token)
                 yield token
                 if len(given) > room:
                     return
@@ -94,17 +82,24 @@ def _generate(session: Session, prompt: list[int], max_tokens: int, stop: Sequen
 
 
 def text_pieces(tokenizer: TextTokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens for people as it becomes final: a character whose bytes are not all there yet waits."""
-    ids: list[int] = []
-    shown = 0
+    """The text of tokens for people as it becomes final: a character whose bytes are not all there yet waits.
+
+    Only the last tokens are decoded for each new one: those since a character ended with a token, and those from there
+    to the time before, on which their spelling may depend.
+    """
+    window: list[int] = []
+    begun = given = 0  # tokens of the window before its last end of a character; characters of its text already given
     for token in tokens:
-        ids.append(token)
-        text = tokenizer.shown(ids)
-        ready = len(text) if not text.endswith("\ufffd") else len(text.rstrip("\ufffd"))
-        if ready > shown:
-            yield text[shown:ready]
-            shown = ready
-    rest = tokenizer.shown(ids)[shown:]
+        window.append(token)
+        text = tokenizer.shown(window)
+        ready = len(text.rstrip("\ufffd"))
+        if ready > given:
+            yield text[given:ready]
+            given = ready
+            if ready == len(text):
+                window = window[begun:]
+                begun, given = len(window), len(tokenizer.shown(window))
+    rest = tokenizer.shown(window)[given:]
     if rest:
         yield rest
 
@@ -116,14 +111,25 @@ class Chat:
     is prefilled. What the model said is kept with every marker, of tool calls too.
 
     baked: the saved session of a system prompt, from which every conversation starts
+    system: a system prompt, with which every conversation starts
     tools: JSON schemas of the functions that the model may call
-    Raises LfmEdgeError where the chat template does not show tools to the model.
+    options: the chat template's own switches, such as one for thinking
+    Raises LfmEdgeError where the chat template does not show a system prompt or tools to the model, or has no such
+    switch, and where there are two system prompts.
     """
 
-    def __init__(self, session: Session, tokenizer: TextTokenizer, stop: Sequence[int],
-                 baked: Path | None = None, tools: Sequence[Any] | None = None) -> None:
+    def __init__(self, session: Session, tokenizer: TextTokenizer, stop: Sequence[int], baked: Path | None = None, *,
+                 system: str | None = None, tools: Sequence[Any] | None = None,
+                 options: Mapping[str, Any] | None = None) -> None:
+        if baked is not None and system is not None:
+            raise LfmEdgeError("a system prompt was given, and the bundle starts after one of its own; leave one out")
+        self.options = dict(options or {})
+        tokenizer.check_options(self.options)
         if tools is not None:
             check_shown(tools, tokenizer)
+        self.system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        if system is not None:
+            _check_system(self.system, tokenizer)
         self.session = session
         self.tokenizer = tokenizer
         self.stop = stop
@@ -174,7 +180,7 @@ class Chat:
                 self._start()
             self.save(file)
 
-    def answer(self, text: str, *, role: str = "user", max_tokens: int, temperature: float = 0.0, seed: int = 0,
+    def answer(self, text: str, *, role: str = "user", max_tokens: int, sampling: Sampling = GREEDY, seed: int = 0,
                lookahead: int = 0) -> Iterator[str]:
         """Say something; the answer's text as it comes. The options are those of `generate`.
 
@@ -183,10 +189,10 @@ class Chat:
         before.
         """
         messages = [*self.messages, {"role": role, "content": text}]
-        tokens = self.tokenizer.chat(messages, tools=self.tools)
+        tokens = self.tokenizer.chat(messages, tools=self.tools, options=self.options)
         if len(tokens) > self.session.spec.context:
             raise ContextFull(f"the conversation is {len(tokens)} tokens long, the context holds "
-                              f"{self.session.spec.context}; /reset begins anew")
+                              f"{self.session.spec.context}")
         if not self._is_begun(tokens):
             self._start()
         if not self._is_begun(tokens):
@@ -199,7 +205,7 @@ class Chat:
                 yield token
 
         stream = generate(self.session, tokens[self.session.position:], max_tokens=max_tokens, stop=self.stop,
-                          temperature=temperature, seed=seed, lookahead=lookahead)
+                          sampling=sampling, seed=seed, lookahead=lookahead)
         yield from text_pieces(self.tokenizer, remember(stream))
         self.messages = [*messages, self.tokenizer.message(said)]
 
@@ -208,7 +214,7 @@ class Chat:
         if self.baked is not None:
             return self.session.load(self.baked)
         self.session.reset()
-        return []
+        return list(self.system)
 
     def _is_begun(self, tokens: list[int]) -> bool:
         """Whether the session holds a beginning of `tokens`, and not all of them. A given embedding is no token."""
@@ -232,6 +238,13 @@ def read_tools(path: Path) -> list[Any]:
             raise LfmEdgeError(f"{path}: {json.dumps(tool)[:40]} is no function; expected a list of objects with name, "
                                "description and parameters")
     return tools
+
+
+def _check_system(system: Sequence[Message], tokenizer: TextTokenizer) -> None:
+    """Raises LfmEdgeError where the chat template writes the same with a system prompt as without."""
+    asked: list[Message] = [{"role": "user", "content": "."}]
+    if tokenizer.chat([*system, *asked]) == tokenizer.chat(asked):
+        raise LfmEdgeError("the chat template of this bundle does not show a system prompt to the model; leave it out")
 
 
 def check_shown(tools: Sequence[Any], tokenizer: TextTokenizer) -> None:
