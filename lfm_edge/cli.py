@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from lfm_edge import __version__
 from lfm_edge.checkpoint.presets import DEFAULT_MODEL
 from lfm_edge.errors import ContextFull, LfmEdgeError
 from lfm_edge.files import check_outputs, write_text
@@ -44,7 +45,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(_SIGNALLED + signal.SIGINT) from None
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode="rich",
                   help="Export LFM2, LFM2.5 and LFM3 models to verified on-device bundles.\n\n"
                        "[bold]lfm-edge export --target android-q4 --model DIR --output out[/], then "
@@ -86,6 +87,27 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime
                                              show_default=False)]
 
 
+def _target_names() -> list[str]:
+    """For the shell's completion."""
+    from lfm_edge.targets import TARGETS
+
+    return list(TARGETS)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lfm-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
+                                          help="Show the version and leave.")] = False,
+) -> None:
+    pass
+
+
 def _counts(text: str) -> tuple[int, ...]:
     """`128,512` as numbers, each once, in order."""
     try:
@@ -110,19 +132,24 @@ def targets() -> None:
     """List the targets, and whether their backend is installed."""
     from lfm_edge.targets import TARGETS
 
-    table = Table("target", "runs on", "weights", "artifact", "installed")
+    table = Table(*(Column(name, no_wrap=True) for name in ("target", "runs on", "by", "bits")), box=None)
+    to_install: dict[str, list[str]] = {}
     for target in TARGETS.values():
-        hint = f"pip install '{target.to_install}'" if target.to_install else "yes"
-        table.add_row(target.name, target.runs_on, target.weights, target.artifact, escape(hint))
+        table.add_row(target.name, ", ".join(target.runtime.platforms), target.runtime.title, str(target.bits))
+        if target.to_install:
+            to_install.setdefault(target.to_install, []).append(target.name)
     out.print(table)
+    for extra, names in to_install.items():
+        out.print(escape(f"for {', '.join(names)}: pip install '{extra}'"), highlight=False, soft_wrap=True)
 
 
 @app.command()
 def export(
-    target: Annotated[str, typer.Option(help="What to export for; `lfm-edge targets` lists them.", show_default=False)],
+    target: Annotated[str, typer.Option(help="What to export for; `lfm-edge targets` lists them.", show_default=False,
+                                        autocompletion=_target_names)],
     model: Model = DEFAULT_MODEL,
-    output: Annotated[Path | None, typer.Option(help="Bundle directory to write. (default: MODEL-TARGET)",
-                                                show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle directory to write. (default: "
+                                                                       "MODEL-TARGET)", show_default=False)] = None,
     context: Annotated[int | None, typer.Option(help="Positions that the KV cache holds. (default: 4096, or the "
                                                      "model's limit if lower)", show_default=False)] = None,
     prefill_chunk: Annotated[int, typer.Option(help="Most tokens that one step takes.")] = 128,
@@ -167,8 +194,12 @@ def export(
                      prefill_chunk=prefill_chunk, group_size=group_size, head_bits=head_bits,
                      compute_dtype=compute_dtype, kv_dtype=kv_dtype, state=state, soc=soc, rounding=rounding,
                      calibration=calibration, recipe=recipe, bake_prompt=bake_prompt)
-    _show_bundle(bundle)
-    _say_written(output, f"; next: lfm-edge verify {_for_a_shell(output)}", before="\n")
+    from lfm_edge.harness.tables import bundle_lines
+
+    _say_written(output)
+    place = _for_a_shell(output)
+    for line in (*bundle_lines(bundle), f"next: lfm-edge verify {place}", f"      lfm-edge inspect {place}"):
+        out.print(escape(line), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -192,25 +223,28 @@ def verify(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure quality on (perplexity, KL divergence), its "
                                                    "first 4,096 tokens; the checkpoint's tasks or a built-in text "
                                                    "where none is given.", show_default=False)] = None,
+    details: Annotated[bool, typer.Option("--details", help="Show every phase, weight check and task as well.")
+                       ] = False,
 ) -> None:
-    """Hold a bundle against the quantized reference, and that against the float32 model.
+    """Check that a bundle computes what your quantized weights should, and how far those are from your model.
 
-    Exits with 1 where anything is outside the target's thresholds.
+    Ends with PASSED or FAILED; exits with 1 where anything is outside the target's limits.
     """
     _let_threads_sleep()
     opened = _open(bundle)
     check_outputs({"--json": json_file}, [*opened.files, *filter(None, [text])])
     from lfm_edge.harness.tables import verification_tables
+    from lfm_edge.harness.verdict import verdict_lines
     from lfm_edge.harness.verify import verify as run
 
     with _progress() as progress:
         result = run(opened, model=model, threads=threads, soc=soc, tokens=tokens, text=text, progress=progress)
-    _render(verification_tables(result), result.to_dict(_command()), json_file)
+    _render(verification_tables(result) if details else [], result.to_dict(_command()), json_file,
+            verdict_lines(result))
     if opened.edited:
         err.print(f"{bundle}: edited since the export, and read by no runtime: {', '.join(opened.edited)}",
                   highlight=False, markup=False, soft_wrap=True)
     if not result.passed:
-        err.print("verify: FAILED")
         raise typer.Exit(1)
 
 
@@ -223,7 +257,7 @@ def sensitivity(
     group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128.")] = 32,
     max_size: Annotated[str | None, typer.Option(help="Choose bits for each layer so that the weights take at most "
                                                       "this, such as 700MB.", show_default=False)] = None,
-    output: Annotated[Path | None, typer.Option(help="Where the choice goes, for `export --recipe`.",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the choice goes, for `export --recipe`.",
                                                 show_default=False)] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -299,13 +333,13 @@ def bench(
     check_outputs({"--json": json_file}, [file for one in opened for file in one.files])
     from lfm_edge.harness.bench import Settings
     from lfm_edge.harness.bench import bench as run
-    from lfm_edge.harness.bench_tables import bench_tables, budget_lines
+    from lfm_edge.harness.bench_tables import bench_tables, budget_lines, leading_lines
 
     settings = Settings(prompt_tokens, generate_tokens, None if fill == "all" else fill or (), threads or (), repeat,
                         sustained, budget_bytes, limit_bytes, against or (), model)
     with _progress() as progress:
         result = run(opened, settings, progress=progress.stage)
-    _render(bench_tables(result, projections=project), result.to_dict(_command()), json_file)
+    _render(bench_tables(result, projections=project), result.to_dict(_command()), json_file, leading_lines(result))
     for line in budget_lines(result):
         err.print(line, soft_wrap=True, highlight=False, markup=False)
     if not result.passed:
@@ -650,11 +684,16 @@ def _command() -> str:
     return shlex.join(["lfm-edge", *sys.argv[1:]])
 
 
-def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None) -> None:
-    """Tables for people, JSON for machines."""
+def _render(tables: list[Table], result: dict[str, Any], json_file: Path | None, lines: Sequence[str] = ()) -> None:
+    """Lines that lead, and tables, for people; JSON for machines."""
     if json_file == Path("-"):
         print(json.dumps(result, indent=2))
         return
+    for line in lines:
+        word = line.split(maxsplit=1)[0]
+        style = {"PASSED": "green", "FAILED": "red"}.get(word, "")
+        out.print(escape(line).replace(word, f"[bold {style}]{word}[/]", 1) if style else escape(line),
+                  soft_wrap=True, highlight=False)
     for table in tables:
         out.print(table)
     if json_file is not None:

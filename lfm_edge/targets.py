@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import logging
@@ -65,6 +66,7 @@ class Runtime:
 
     name: its module, `runtimes.NAME`, with `open_session(bundle, threads)`
     requires: packages that must be importable for it; extra: what `pip install` brings them with
+    title, platforms: what people call it, and where it runs
     opens: how the names of its artifacts end; empty where they are directories
     footprint: what it holds in memory
     measured_on: the systems on which its speed and memory mean something, as `sys.platform`, or that and the machine
@@ -75,6 +77,8 @@ class Runtime:
     name: str
     requires: tuple[str, ...]
     extra: str
+    title: str
+    platforms: tuple[str, ...]
     opens: str
     footprint: Footprint = Footprint()
     measured_on: tuple[str, ...] = ("linux", "darwin")
@@ -136,9 +140,13 @@ class Target:
     state_layout: StateLayout
     state_modes: tuple[str, ...]
     artifact: str
-    runs_on: str
     weights: str
     thresholds: Thresholds
+
+    @property
+    def runs_on(self) -> str:
+        """Where its bundles run, and by what."""
+        return f"{', '.join(self.runtime.platforms)}: {self.runtime.title}"
 
     @property
     def to_install(self) -> str | None:
@@ -176,17 +184,18 @@ def _missing(packages: tuple[str, ...]) -> list[str]:
 
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (
-    Runtime("executorch", ("executorch",), "executorch", ".pte",
+    Runtime("executorch", ("executorch",), "executorch", "ExecuTorch", ("Android", "iOS", "Linux"), ".pte",
             Footprint(8_000_000, tied_in_file=2, tied_in_memory=2, forgets_table=True)),
     # MLAS on x86-64 adds a float32 sum to the float32 scale of each group (docs/onnx.md).
-    Runtime("onnxruntime", ("onnxruntime",), "onnx", ".onnx",
+    Runtime("onnxruntime", ("onnxruntime",), "onnx", "ONNX Runtime", ("Android", "iOS", "desktop", "web"), ".onnx",
             Footprint(17_000_000, scale_bytes=4, packed_bytes=4, tied_in_memory=2, forgets_table=True)),
-    Runtime("coreml", ("coremltools",), "coreml", ".mlpackage", measured_on=("darwin",), takes_threads=False),
-    Runtime("mlx", ("mlx",), "mlx", ".safetensors", Footprint(scale_bytes=4, whole_cache=True),
+    Runtime("coreml", ("coremltools",), "coreml", "Core ML", ("iOS", "macOS"), ".mlpackage", measured_on=("darwin",),
+            takes_threads=False),
+    Runtime("mlx", ("mlx",), "mlx", "MLX", ("iOS", "macOS"), ".safetensors", Footprint(scale_bytes=4, whole_cache=True),
             measured_on=("darwin",), takes_threads=False),
-    Runtime("qnn", ("onnxruntime_qnn",), "qnn", "", measured_on=("linux-aarch64",), takes_threads=False,
-            takes_chip=True),
-    Runtime("llamacpp", ("llama_cpp",), "llamacpp", ".gguf",
+    Runtime("qnn", ("onnxruntime_qnn",), "qnn", "Snapdragon NPU (QNN)", ("Android",), "",
+            measured_on=("linux-aarch64",), takes_threads=False, takes_chip=True),
+    Runtime("llamacpp", ("llama_cpp",), "llamacpp", "llama.cpp", ("Android", "iOS", "desktop"), ".gguf",
             Footprint(8_000_000, block_columns=32, packs_narrow_head=True, whole_cache=True)),
 )}
 
@@ -203,7 +212,6 @@ _EXECUTORCH = {
     "exporter_name": "executorch", "requires": ("executorch",), "runtime": RUNTIMES["executorch"],
     "arithmetic": Arithmetic("int8 rows", ("float32",), ("float32", "int8")),
     "state_layout": StateLayout(window=RING), "state_modes": ("explicit", "internal"), "artifact": "model.pte",
-    "runs_on": "Android, iOS, Linux (XNNPACK)",
 }
 
 # The reference rounds activations block by block, as MLAS does on x86-64, and what is said above holds here too:
@@ -215,7 +223,6 @@ _ONNX = {
     "exporter_name": "onnx", "requires": ("onnxruntime", "onnxscript"), "runtime": RUNTIMES["onnxruntime"],
     "arithmetic": Arithmetic("int8 blocks", ("float32",), ("float32", "int8")),
     "state_layout": StateLayout(kv_heads_first=True, window=SLIDE), "state_modes": ("explicit",),
-    "runs_on": "any CPU (ONNX Runtime), browsers",
 }
 
 # Activations are not rounded to 8 bits here, so nothing tips: in float32 the error is that of sums in another order,
@@ -228,14 +235,12 @@ _MLX = {
     "exporter_name": "mlx", "requires": ("mlx",), "runtime": RUNTIMES["mlx"],
     "arithmetic": Arithmetic("float", ("bfloat16", "float32"), ("bfloat16", "float32")),
     "state_layout": _APPLE_LAYOUT, "state_modes": ("explicit",), "artifact": "model.safetensors",
-    "runs_on": "Apple silicon (MLX)",
 }
 
 _COREML = {
     "exporter_name": "coreml", "requires": ("coremltools",), "runtime": RUNTIMES["coreml"],
     "arithmetic": Arithmetic("float", ("float16", "float32"), ("float16", "float32")),
     "state_layout": _APPLE_LAYOUT, "state_modes": ("explicit", "internal"), "artifact": "model.mlpackage",
-    "runs_on": "iOS 18, macOS 15 (Core ML)",
 }
 
 # The NPU computes in integers of 16 bits whose scales were fixed beforehand; see docs/npu.md for what that costs.
@@ -245,7 +250,7 @@ _NPU = {
     "exporter_name": "qnn", "requires": ("onnxruntime_qnn",), "runtime": RUNTIMES["qnn"],
     "arithmetic": Arithmetic("float", ("int16",), ("int8",), two_level=True, fixed_ranges=True),
     "state_layout": StateLayout(kv_heads_first=True, keys_transposed=True, conv_channels_last=True, window=RING),
-    "state_modes": ("explicit",), "artifact": "npu", "runs_on": "Snapdragon NPU (ONNX Runtime, QNN)",
+    "state_modes": ("explicit",), "artifact": "npu",
 }
 
 # The reference rounds activations as ggml's kernels do, and what is said above holds here too where attention is in
@@ -257,7 +262,6 @@ _GGUF = {
     "exporter_name": "gguf", "requires": ("gguf",), "runtime": RUNTIMES["llamacpp"],
     "arithmetic": Arithmetic("q8_0", ("float32",), ("float16", "float32"), converts_kv=True),
     "state_layout": StateLayout(), "state_modes": ("explicit",), "artifact": "model.gguf",
-    "runs_on": "any CPU (llama.cpp)",
 }
 
 # What quantization may cost, mean KL(float32 || quantized reference) in nats, by the fewest bits that any weight has.
@@ -299,7 +303,13 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
 
 
 def target_named(name: str) -> Target:
-    """The target `name`. Raises ExportError where there is none."""
-    if name not in TARGETS:
-        raise ExportError(f"unknown target '{name}'; known targets are {', '.join(TARGETS)}")
-    return TARGETS[name]
+    """The target `name`. Raises ExportError, with those that may be meant, where there is none."""
+    if name in TARGETS:
+        return TARGETS[name]
+    there = [target.name for target in TARGETS.values()
+             if name.lower() in map(str.lower, target.runtime.platforms)]
+    if there:
+        raise ExportError(f"unknown target '{name}'; for it there are {', '.join(there)}")
+    near = difflib.get_close_matches(name, TARGETS, 1)
+    raise ExportError(f"unknown target '{name}'; " + (f"did you mean {near[0]}? " if near else "")
+                      + f"known targets are {', '.join(TARGETS)}")

@@ -383,6 +383,7 @@ def hub(tmp_path, monkeypatch):
     in_hub_cache(TINY, tmp_path / "hub", "maker/tiny")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "places"))  # what is remembered of it ends with it
     return tmp_path / "hub"
 
 

@@ -34,6 +34,19 @@ def bench_tables(result: BenchResult, *, projections: bool = False) -> list[Tabl
     return tables
 
 
+def leading_lines(result: BenchResult) -> list[str]:
+    """For each bundle and number of threads whether it is within the budget, its speed and its peak."""
+    lines = []
+    for bench in result.benchmarks:
+        first = bench.points[0]
+        verdict = "" if bench.peer else "PASSED  " if bench.within_budget else "FAILED  "
+        its = f", {threads_line(bench.threads)}" if len({other.threads for other in result.benchmarks}) > 1 else ""
+        budget = "" if bench.peer else f" (budget {megabytes(bench.budget_bytes)})"
+        lines.append(f"{verdict}{bench.bundle}{its}: prefill {first.prefill_tps.median:,.1f} tok/s, decode "
+                     f"{first.decode_tps.median:,.1f} tok/s, peak {megabytes(bench.peak_bytes)}{budget}")
+    return lines
+
+
 def budget_lines(result: BenchResult) -> list[str]:
     """A line for each bundle that is over its limit or the budget, with what would help, or was not held against it."""
     lines = [entry.reason for entry in result.over_limit]
@@ -69,10 +82,10 @@ def unchecked_line(result: BenchResult, entry: LeftOut) -> str:
 def _speed(result: BenchResult) -> Table:
     """A column for each bundle and number of threads: medians, with the range of the rounds in brackets."""
     settings = result.settings
-    table = _columns(result, f"speed: {settings.generate_tokens} generated tokens, {settings.repeat} rounds, "
-                             "each in a fresh process")
+    table = _columns(result, f"speed: {settings.generate_tokens} generated tokens, {settings.repeat} "
+                             f"round{'s' * (settings.repeat > 1)}, each in a fresh process")
     first = f"first token of {settings.prompt_tokens[0]}"
-    _add(table, result, f"first load, to {first}", lambda r: f"{r.first_load_s:,.2f} s")
+    _add(table, result, f"first load, to {first}", lambda r: _spread(Spread.of([r.first_load_s]), 2, "s"))
     _add(table, result, "load", lambda r: _spread(r.load_s, 2, "s"))
     _add(table, result, f"{first}, cold", lambda r: _spread(r.first_token_s, 2, "s"))
     if any(bench.baked for bench in result.benchmarks):
@@ -244,4 +257,9 @@ def _budget(bench: Benchmark) -> str:
 
 
 def _spread(spread: Spread, digits: int, unit: str) -> str:
-    return f"{spread.median:,.{digits}f} {unit} ({spread.low:,.{digits}f} to {spread.high:,.{digits}f})"
+    """The median, and the range where there was more than one round; short times in milliseconds."""
+    median, low, high = spread.median, spread.low, spread.high
+    if unit == "s" and median < 0.1:
+        median, low, high, digits, unit = 1e3 * median, 1e3 * low, 1e3 * high, 1, "ms"
+    shown = f"{median:,.{digits}f} {unit}"
+    return shown if low == high else f"{shown} ({low:,.{digits}f} to {high:,.{digits}f})"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import one_line
 from lfm_edge.harness.parity import Agreement, Limits
-from lfm_edge.harness.rounding import RoundingCheck
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
+from lfm_edge.harness.verdict import rounding_line
 from lfm_edge.harness.verify import Verification
 from lfm_edge.quantization.recipe import NEAREST, MixedBits, Recipe
 
@@ -25,9 +26,9 @@ def megabytes(count: int) -> str:
 
 def verification_tables(result: Verification) -> list[Table]:
     """What `verify` shows."""
-    parity = Table("phase", "positions", "logit error", "limit", "noise floor", "KL (nats)", "limit", "top-1", "",
-                   title_justify="left", title=f"{result.target}: artifact against the quantized reference",
-                   caption=result.remark or None, caption_justify="left")
+    parity = _whole("phase", "positions", "logit error", "limit", "noise floor", "KL (nats)", "limit", "top-1", "",
+                    title=f"{result.target}: artifact against the quantized reference", title_justify="left",
+                    caption=result.remark or None, caption_justify="left")
     for row, floor in zip(result.parity, result.floor, strict=True):
         parity.add_row(*_agreement(row, result.limits, f"{floor.logit_error:.1e}"))
     parity.add_row("median of all", "", f"{result.typical_error:.1e}", f"{result.limits.typical_error:.1e}",
@@ -39,25 +40,30 @@ def verification_tables(result: Verification) -> list[Table]:
         parity.add_row(*_agreement(result.baked, result.limits, ""))
     for phase, reason in result.skipped.items():
         parity.add_row(phase, "-", "", "", "", "", "", "", f"not run: {reason}")
-    weights = Table("weights", "", "", title="weights", title_justify="left")
+    weights = _whole("weights", "", "", title="weights", title_justify="left")
     found, rounding = result.weights, result.rounding
     weights.add_row("in the artifact", f"{found.blobs} blobs, " + (
         "same bits" if found.passed else f"{len(found.missing)} differ: {found.missing[0]}"), _verdict(found.passed))
     weights.add_row("from the checkpoint", rounding_line(rounding), _verdict(rounding.passed))
     cost = result.quality
-    quality = Table("positions", "perplexity float32", "quantized", "KL (nats)", "limit", "top-1", "",
+    quality = _whole("positions", "perplexity float32", "quantized", "KL (nats)", "limit", "top-1", "",
                     title="quantized reference against the float32 model", title_justify="left")
     quality.add_row(str(cost.positions), f"{cost.float_perplexity:.3f}", f"{cost.perplexity:.3f}",
                     f"{cost.kl_divergence:.4f}", f"{cost.limit:g}", f"{cost.top1_agreement:.1%}",
                     _verdict(cost.passed))
     tables = [parity, weights, quality]
     if result.tasks:
-        tasks = Table("task", "prompts", "float32 model", "artifact", "", title="exact answers", title_justify="left")
+        tasks = _whole("task", "prompts", "float32 model", "artifact", "", title="exact answers", title_justify="left")
         for task in result.tasks:
             tasks.add_row(task.task, str(task.prompts), f"{task.float_accuracy:.1%}", f"{task.accuracy:.1%}",
                           _verdict(task.passed))
         tables.append(tasks)
     return tables
+
+
+def _whole(*names: str, **options: Any) -> Table:
+    """A table that cuts nothing, however narrow the terminal is."""
+    return Table(*(Column(name, overflow="fold") for name in names), **options)
 
 
 def _agreement(row: Agreement, limits: Limits, floor: str) -> tuple[str, ...]:
@@ -66,15 +72,6 @@ def _agreement(row: Agreement, limits: Limits, floor: str) -> tuple[str, ...]:
     return (row.phase, str(row.positions), f"{row.logit_error:.1e}", f"{limit.logit_error:.1e}", floor,
             f"{row.kl_divergence:.1e}", f"{limit.kl_divergence:.1e}", f"{row.top1_agreement:.1%}",
             _verdict(row.within(limits)))
-
-
-def rounding_line(rounding: RoundingCheck) -> str:
-    """How far the weights are from the checkpoint's, and which are further than rounding explains."""
-    if not rounding.passed:
-        return (f"{len(rounding.wrong)} of {rounding.weights} weights are not the checkpoint's, rounded: "
-                f"{', '.join(rounding.wrong[:3])}{', ...' * (len(rounding.wrong) > 3)}")
-    return (f"{rounding.weights} weights are the checkpoint's; the furthest off is {rounding.worst}, by "
-            f"{rounding.relative_error:.2%}, {rounding.share:.0%} of what its rounding may err")
 
 
 def sensitivity_table(found: Sensitivity, chosen: Whole | None, bits: MixedBits | None) -> Table:
@@ -99,6 +96,16 @@ def short_names(weights: tuple[str, ...]) -> str:
     names = [name.removeprefix("model.").removesuffix(".weight") for name in weights]
     stem = names[0].rpartition(".")[0] + "."
     return ", ".join([names[0], *(name.removeprefix(stem) for name in names[1:])])
+
+
+def bundle_lines(bundle: Bundle) -> list[str]:
+    """What `export` ends with: size, context, and what to do next."""
+    manifest = bundle.manifest
+    head = manifest.recipe.to_dict()["head"]["bits"]
+    return [f"  {manifest.decoder.artifact}  {megabytes(bundle.artifact_bytes)}: linear layers "
+            f"{manifest.recipe.linear_bits} bits, embedding and head {head}",
+            f"  context {manifest.state.context:,}, steps of up to {manifest.options.prefill_chunk:,} tokens; state "
+            f"{megabytes(manifest.state.nbytes)}"]
 
 
 def bundle_table(bundle: Bundle) -> Table:

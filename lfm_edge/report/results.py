@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -18,9 +18,9 @@ from lfm_edge.harness import bench, sensitivity, verify
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut
 from lfm_edge.harness.bench_tables import budget_line, megabytes, threads_line, unchecked_line
 from lfm_edge.harness.host import Host
-from lfm_edge.harness.parity import DECODE, Agreement, Limits
+from lfm_edge.harness.parity import DECODE
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
-from lfm_edge.harness.tables import rounding_line
+from lfm_edge.harness.verdict import verification_checks
 from lfm_edge.harness.verify import Verification
 from lfm_edge.quantization.recipe import MixedBits
 
@@ -90,7 +90,7 @@ def checks(result: BenchResult | Verification | FoundSensitivity) -> list[Check]
     if isinstance(result, BenchResult):
         return [check for entry in entries(result) for check in entry_checks(result, entry)]
     if isinstance(result, Verification):
-        return [Check(result.bundle, name, passed, line) for name, passed, line in _verify_checks(result)]
+        return [Check(result.bundle, name, passed, line) for name, passed, line in verification_checks(result)]
     return []
 
 
@@ -240,34 +240,3 @@ def is_peer(entry: Benchmark | LeftOut) -> bool:
 def entries(result: BenchResult) -> list[Benchmark | LeftOut]:
     """All that a result of `bench` says something of: measured, ended by the limit, not measured."""
     return [*result.benchmarks, *result.over_limit, *result.not_measured]
-
-
-def _verify_checks(result: Verification) -> Iterator[tuple[str, bool | None, str]]:
-    weights, limits, greedy, cost = result.weights, result.limits, result.greedy, result.quality
-    yield "weights", weights.passed, (
-        f"{weights.blobs} packed weights have the quantizer's bits" if weights.passed else
-        f"{len(weights.missing)} of {weights.blobs} packed weights are not in the artifact: "
-        f"{', '.join(weights.missing[:3])}{', ...' * (len(weights.missing) > 3)}")
-    yield "rounding", result.rounding.passed, rounding_line(result.rounding)
-    for row in result.parity:
-        yield f"parity: {row.phase}", row.within(limits), _agreement_line(row, limits)
-    for phase, reason in result.skipped.items():
-        yield f"parity: {phase}", None, reason
-    yield "parity: median of all", result.typical_passed, (
-        f"median logit error {result.typical_error:.1e} (limit {limits.typical_error:.1e})")
-    yield "greedy answer", greedy.passed, (
-        f"of {greedy.tokens} tokens {greedy.exact} are the reference's best, {greedy.ties} tied with it")
-    if result.baked:
-        yield "baked prompt", result.baked_passed, _agreement_line(result.baked, limits)
-    yield "quality", cost.passed, (f"mean KL {cost.kl_divergence:.4f} nats from the float32 model "
-                                   f"(limit {cost.limit:g})")
-    for task in result.tasks:
-        yield f"task: {task.task}", task.passed, (
-            f"{task.accuracy:.1%} of {task.prompts} prompts answered exactly, by the float32 model "
-            f"{task.float_accuracy:.1%} (may lose {100 * result.thresholds.task_drop:g} points)")
-
-
-def _agreement_line(row: Agreement, limits: Limits) -> str:
-    limit = limits.of_phase(row.phase)
-    return (f"logit error {row.logit_error:.1e} (limit {limit.logit_error:.1e}), KL {row.kl_divergence:.1e} nats "
-            f"(limit {limit.kl_divergence:.1e})")

@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from lfm_edge.harness.bench_tables import megabytes
 from lfm_edge.harness.parity import DECODE
-from lfm_edge.harness.tables import rounding_line, short_names
+from lfm_edge.harness.tables import short_names
+from lfm_edge.harness.verdict import rounding_line
 from lfm_edge.harness.verify import Verification
 from lfm_edge.report import charts
 from lfm_edge.report.cells import DASH, Cell, Figure, Files, Names, Section, Table, commands, failed, none, ok, verdict
