@@ -13,7 +13,7 @@ BUNDLE = $(OUT)/$(subst :,-,$(notdir $(patsubst %/,%,$(MODEL:%/checkpoint=%))))-
 # Test files side by side: exporting is mostly Python, on one core. A worker takes 2 to 4 GB.
 PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST_OPTIONS)
 
-.PHONY: demo figures test test-heavy lint train-tiny clean
+.PHONY: demo figures test test-heavy lint wheel train-tiny clean
 
 # llama.cpp is compiled when it is installed, in some ten minutes: only for the target that it runs.
 demo: $(VENV)/.installed $(if $(filter gguf-%,$(TARGET)),$(VENV)/.installed-llamacpp)  ## export MODEL to TARGET, verify it, let it answer, measure it
@@ -34,6 +34,14 @@ test-heavy: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the heavy ones
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache --no-logo
+
+wheel: $(VENV)/.installed-dev  ## the package as a wheel in dist/, and whether it runs from there
+	rm -rf dist build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel dist/lfm_edge-*.whl
+	cd build/wheel && PYTHONPATH=. $(abspath $(BIN))/python -P -m lfm_edge.cli targets
+	cd build/wheel && PYTHONPATH=. $(abspath $(BIN))/python -P -c "import lfm_edge, exporters, runtimes, pathlib; \
+	    assert all(pathlib.Path.cwd() in pathlib.Path(m.__file__).parents for m in (lfm_edge, exporters, runtimes))"
 
 train-tiny: $(VENV)/.installed-dev  ## train the small model of examples/tiny-model again
 	PYTHONPATH=. $(BIN)/python examples/tiny-model/train.py
