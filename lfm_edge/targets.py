@@ -146,7 +146,7 @@ class Target:
     @property
     def runs_on(self) -> str:
         """Where its bundles run, and by what."""
-        return f"{', '.join(self.runtime.platforms)}: {self.runtime.title}"
+        return f"{', '.join(self.runtime.platforms)} ({self.runtime.title})"
 
     @property
     def to_install(self) -> str | None:
@@ -193,7 +193,7 @@ RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (
             takes_threads=False),
     Runtime("mlx", ("mlx",), "mlx", "MLX", ("iOS", "macOS"), ".safetensors", Footprint(scale_bytes=4, whole_cache=True),
             measured_on=("darwin",), takes_threads=False),
-    Runtime("qnn", ("onnxruntime_qnn",), "qnn", "Snapdragon NPU (QNN)", ("Android",), "",
+    Runtime("qnn", ("onnxruntime_qnn",), "qnn", "Snapdragon NPU", ("Android",), "",
             measured_on=("linux-aarch64",), takes_threads=False, takes_chip=True),
     Runtime("llamacpp", ("llama_cpp",), "llamacpp", "llama.cpp", ("Android", "iOS", "desktop"), ".gguf",
             Footprint(8_000_000, block_columns=32, packs_narrow_head=True, whole_cache=True)),
