@@ -10,20 +10,23 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Lfm2Config, Lfm2ForCausalLM, Lfm3Config, Lfm3ForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
+from lfm_edge import cli
 from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.bundle.options import ExportOptions
 from lfm_edge.bundle.parts import DECODER, Part
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.tokenizer import SMALLEST_VOCABULARY, write_chatml_tokenizer
+from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.verify import Verification, verify
 from lfm_edge.quantization.recipe import recipe
 from lfm_edge.targets import TARGETS
@@ -207,6 +210,16 @@ def example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def in_process(*arguments: str | Path, **options: Any) -> SimpleNamespace:
+    """As `lfm_edge`, in this process: so nothing is imported again."""
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)), **options)
+    if result.exception is None or isinstance(result.exception, SystemExit):
+        return SimpleNamespace(returncode=result.exit_code, stdout=result.stdout, stderr=result.stderr)
+    if not isinstance(result.exception, LfmEdgeError):
+        raise result.exception
+    return SimpleNamespace(returncode=2, stdout=result.stdout, stderr=f"{result.stderr}error: {result.exception}\n")
 
 
 reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells on Linux only what is mapped")

@@ -16,7 +16,7 @@ from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.session.generation import text_pieces
-from tests.helpers import REPO, TINY, lfm_edge
+from tests.helpers import REPO, TINY, in_process, lfm_edge
 
 SWITCH = ("{%- if enable_thinking is defined and enable_thinking -%}{{- '<think>' -}}{%- endif -%}"
           "{%- if style == 'short' -%}{{- 'brief' -}}{%- endif -%}")
@@ -58,7 +58,7 @@ def test_raw_continues_the_text_as_it_is(tiny_bundle):
     prompt = "<|im_start|>user\n23+19=?<|im_end|>\n<|im_start|>assistant\n"
     expected = list(generate(session, tokenizer.encode(prompt), max_tokens=9, stop=[7]))
 
-    run = lfm_edge("generate", tiny_bundle.directory, "--raw", "--prompt", prompt, "--max-tokens", 9)
+    run = in_process("generate", tiny_bundle.directory, "--raw", "--prompt", prompt, "--max-tokens", 9)
 
     assert run.stdout == tokenizer.decode(expected) + "\n" == "42\n"
 
@@ -70,7 +70,7 @@ def test_without_a_chat_template_a_prompt_is_continued(with_template):
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
     Bundle.open(bundle.directory, check=False).manifest.write(bundle.directory)
 
-    plain, raw = (lfm_edge("generate", bundle.directory, "--prompt", "The harbour", "--max-tokens", 8, *more)
+    plain, raw = (in_process("generate", bundle.directory, "--prompt", "The harbour", "--max-tokens", 8, *more)
                   for more in ([], ["--raw"]))
 
     assert plain.returncode == 0 and plain.stdout == raw.stdout
@@ -79,7 +79,8 @@ def test_without_a_chat_template_a_prompt_is_continued(with_template):
 def test_a_system_prompt_is_the_conversation_s_first_message(tiny_bundle):
     chat = Chat(tiny_bundle.session(), tiny_bundle.tokenizer(), [7], system="Be kind.")
     expected = "".join(chat.answer("23+19=?", max_tokens=12))
-    run = lfm_edge("generate", tiny_bundle.directory, "--system", "Be kind.", "--prompt", "23+19=?", "--max-tokens", 12)
+    run = in_process("generate", tiny_bundle.directory, "--system", "Be kind.", "--prompt", "23+19=?",
+                     "--max-tokens", 12)
 
     assert run.stdout == expected + "\n"
     assert chat.messages[0] == {"role": "system", "content": "Be kind."}
@@ -101,14 +102,14 @@ def test_a_system_prompt_is_the_conversation_s_first_message(tiny_bundle):
     (["--top-p", "0"], "top_p is 0.0; it must be above 0"),
 ], ids=" ".join)
 def test_what_does_not_go_together_is_one_line(tiny_bundle, options, complaint):
-    run = lfm_edge("generate", tiny_bundle.directory, "--prompt", "hi", *options)
+    run = in_process("generate", tiny_bundle.directory, "--prompt", "hi", *options)
 
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and complaint in run.stderr
 
 
 def test_a_template_that_shows_no_system_prompt_is_told(with_template):
     bundle = with_template(template="{{ messages[-1].content }}")
-    run = lfm_edge("generate", bundle.directory, "--prompt", "hi", "--system", "x")
+    run = in_process("generate", bundle.directory, "--prompt", "hi", "--system", "x")
 
     assert run.returncode == 2 and "does not show a system prompt to the model; leave it out" in run.stderr
 
@@ -129,7 +130,7 @@ def test_a_template_s_switches_are_the_user_s(with_template, given, shown):
 
 def test_switches_reach_the_template_from_the_command_line(with_template):
     bundle = with_template(before="{{- raise_exception('so it is ' ~ (enable_thinking is false) ~ level) -}}")
-    run = lfm_edge("generate", bundle.directory, "--prompt", "hi", "--template-option", "enable_thinking=false",
+    run = in_process("generate", bundle.directory, "--prompt", "hi", "--template-option", "enable_thinking=false",
                    "--template-option", "level=3 a")
 
     assert run.returncode == 2 and "so it is True3 a" in run.stderr
@@ -143,18 +144,18 @@ def test_the_checkpoint_s_sampling_is_the_default_and_greedy_goes_without(with_t
     assert bundle.sampling == Sampling(30.0)
 
     def said(where, *options):
-        return lfm_edge("generate", where.directory, "--prompt", "23+19=?", "--max-tokens", 24, *options).stdout
+        return in_process("generate", where.directory, "--prompt", "23+19=?", "--max-tokens", 24, *options).stdout
 
     wild = said(bundle, "--seed", 1)
     assert wild != said(bundle, "--seed", 2) and wild == said(bundle, "--seed", 1)
     assert said(bundle, "--greedy") == said(bundle, "--temperature", 0) == said(bundle, "--top-k", 1) == "42\n"
     assert said(tiny_bundle, "--temperature", 30, "--seed", 1) == wild
-    assert lfm_edge("chat", bundle.directory, "--greedy", input="23+19=?\n").stdout == "42\n"
+    assert in_process("chat", bundle.directory, "--greedy", input="23+19=?\n").stdout == "42\n"
 
 
 def test_generation_settings_that_are_none_are_one_line(with_template):
     bundle = with_template(generation={"do_sample": True, "top_p": "most"})
-    run = lfm_edge("generate", bundle.directory, "--prompt", "hi")
+    run = in_process("generate", bundle.directory, "--prompt", "hi")
 
     assert run.returncode == 2 and "generation_config.json: top_p is 'most'; expected a number" in run.stderr
 
@@ -163,7 +164,7 @@ def test_generation_settings_that_are_none_are_one_line(with_template):
 
 
 def test_chat_has_commands_and_says_so(tiny_bundle):
-    run = lfm_edge("chat", tiny_bundle.directory, input="/help\n/what\n23+19=?\n/quit\n1+1=?\n")
+    run = in_process("chat", tiny_bundle.directory, input="/help\n/what\n23+19=?\n/quit\n1+1=?\n")
 
     assert run.stdout == "42\n" and run.returncode == 0
     for word in ("/reset", "/tool RESULT", "/quit", "/what: no such command; /help lists them"):
@@ -171,18 +172,18 @@ def test_chat_has_commands_and_says_so(tiny_bundle):
 
 
 def test_a_conversation_that_is_too_long_says_how_to_begin_anew(tiny_bundle):
-    run = lfm_edge("chat", tiny_bundle.directory, input="a" * 3000 + "\n/reset\n23+19=?\n")
+    run = in_process("chat", tiny_bundle.directory, input="a" * 3000 + "\n/reset\n23+19=?\n")
 
     assert "the context holds 1024; /reset begins anew" in run.stderr and run.stdout == "\n42\n"
-    alone = lfm_edge("generate", tiny_bundle.directory, "--prompt", "a" * 3000)
+    alone = in_process("generate", tiny_bundle.directory, "--prompt", "a" * 3000)
     assert alone.returncode == 2 and alone.stderr.rstrip().endswith("the context holds 1024")
 
 
 def test_a_system_prompt_has_no_place_in_a_conversation_that_has_begun(tiny_bundle, tmp_path):
-    first = lfm_edge("chat", tiny_bundle.directory, "--session", tmp_path / "talk", "--system", "Be kind.",
-                     input="23+19=?\n")
-    again = lfm_edge("chat", tiny_bundle.directory, "--session", tmp_path / "talk", "--system", "Be rude.", input="x\n")
-    goes_on = lfm_edge("chat", tiny_bundle.directory, "--session", tmp_path / "talk", input="11+11=?\n")
+    command = ("chat", tiny_bundle.directory, "--session", tmp_path / "talk")
+    first = in_process(*command, "--system", "Be kind.", input="23+19=?\n")
+    again = in_process(*command, "--system", "Be rude.", input="x\n")
+    goes_on = in_process(*command, input="11+11=?\n")
 
     assert first.returncode == 0 and "goes on after 3 messages" in goes_on.stderr
     assert again.returncode == 2 and "has begun already; leave it out" in again.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import ContextFull, LfmEdgeError
 from lfm_edge.harness import limit, memory
 from lfm_edge.harness.bench import SCHEMA, Settings, Subject, bench
-from lfm_edge.harness.bench_tables import bench_tables, budget_lines
+from lfm_edge.harness.bench_tables import bench_tables, budget_lines, leading_lines
 from lfm_edge.harness.devices import DEVICES, project
 from lfm_edge.harness.memory import Memory, parse_bytes, read_memory, reset_peak
 from lfm_edge.harness.roofline import read_bandwidth
@@ -201,6 +202,15 @@ def test_tables_show_what_was_measured(result):
     assert "decode at 1,024 filled" in list(speed.columns[0].cells)
     assert "  predicted: KV cache" in list(memory_table.columns[0].cells)
     assert "PROJECTION, not measured" in projected.title
+
+
+def test_verdict_speed_and_peak_lead(result):
+    over = replace(result, benchmarks=tuple(replace(one, budget_bytes=10**6) for one in result.benchmarks))
+
+    figures = r": prefill [\d,.]+ tok/s, decode [\d,.]+ tok/s, peak [\d.]+ MB \(budget [\d,.]+ MB\)"
+    for verdict, found in (("PASSED", result), ("FAILED", over)):
+        assert all(re.fullmatch(rf"{verdict}  .*{figures}", line) for line in leading_lines(found))
+        assert len(leading_lines(found)) == len(found.benchmarks)
 
 
 def test_over_the_memory_limit_exits_with_1(tiny_bundle):
