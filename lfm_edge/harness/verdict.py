@@ -19,7 +19,7 @@ def verdict_lines(result: Verification) -> list[str]:
     lines = [
         f"{'PASSED' if result.passed else 'FAILED'}  {result.target}  {good} of {len(run)} checks",
         f"  weights  {weights.blobs - len(weights.missing)} of {weights.blobs} identical to the quantizer's",
-        f"  parity   worst error {worst.logit_error:.2g} (limit {limit.logit_error:.2g}) in {worst.phase}",
+        f"  parity   worst error {worst.logit_error:.2g} (limit {limit.logit_error:.2g}), {worst.phase}",
         f"  quality  KL {cost.kl_divergence:.4f} nats from the float32 model (limit {cost.limit:g})"]
     if result.tasks:
         prompts = sum(task.prompts for task in result.tasks)
