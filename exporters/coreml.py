@@ -28,8 +28,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lfm_edge.bundle.job import Artifact, ExportJob
-from lfm_edge.bundle.options import INTERNAL
-from lfm_edge.bundle.parts import Value, next_values, state_values, static_step
+from lfm_edge.bundle.parts import static_values
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.layers import ATTENTION
 from lfm_edge.errors import ExportError
@@ -47,6 +46,7 @@ from lfm_edge.model.static import (
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.session.layout import INTERNAL
 from lfm_edge.session.state import APPEND, StateSpec, StateTensor
 
 ARTIFACT = "model.mlpackage"
@@ -86,10 +86,9 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     operations = program.functions[DECODE].operations
     operators = Counter(operation.op_type for operation in operations if operation.op_type != "const")
     held = [tensor for tensor in job.state.tensors if tensor not in _kept(job)]
-    logits = Value("logits", job.options.compute_dtype, (1, 1, job.config.vocab_size))
-    return Artifact(ARTIFACT, (*static_step(job.options.prefill_chunk), *state_values(held, feature_name)),
-                    (logits, *next_values(held, feature_name)), _report(job, dict(sorted(operators.items()))),
-                    _usage(job))
+    inputs, outputs = static_values(held, job.options.prefill_chunk, job.options.compute_dtype, job.config.vocab_size,
+                                    feature_name)
+    return Artifact(ARTIFACT, inputs, outputs, _report(job, dict(sorted(operators.items()))), _usage(job))
 
 
 def packed_weights(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, bytes]]:

@@ -29,7 +29,6 @@ from torch.nn import functional as F
 
 from exporters import xnnpack
 from lfm_edge.bundle.job import Artifact, ExportJob
-from lfm_edge.bundle.options import EXPLICIT, INTERNAL
 from lfm_edge.bundle.parts import TOKENS, Value, state_values
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.layers import SLIDING
@@ -40,6 +39,7 @@ from lfm_edge.model.weights import Weights
 from lfm_edge.progress import quiet
 from lfm_edge.quantization.recipe import EMBEDDING
 from lfm_edge.quantization.tensor import QuantizedTensor
+from lfm_edge.session.layout import EXPLICIT, INTERNAL
 from lfm_edge.session.state import StateSpec
 
 ARTIFACT = "model.pte"

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lfm_edge.bundle.job import Artifact, ExportJob
-from lfm_edge.bundle.parts import Value, next_values, state_values, static_step
+from lfm_edge.bundle.parts import static_values
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.model.static import ShiftedSum, StaticLowering, StaticProgram, constants_of
@@ -54,10 +54,9 @@ def export(job: ExportJob, directory: Path, progress: Callable[[str], None]) -> 
     progress("trace")
     steps = Steps(job)
     progress("write the functions")
-    tensors = job.state.tensors
-    logits = Value("logits", job.options.compute_dtype, (1, 1, job.config.vocab_size))
-    return Artifact(WEIGHTS, (*static_step(job.options.prefill_chunk), *state_values(tensors)),
-                    (logits, *next_values(tensors)), write_functions(steps, job, entries, directory), _usage(job),
+    inputs, outputs = static_values(job.state.tensors, job.options.prefill_chunk, job.options.compute_dtype,
+                                    job.config.vocab_size)
+    return Artifact(WEIGHTS, inputs, outputs, write_functions(steps, job, entries, directory), _usage(job),
                     files=(CPU_FUNCTION, GPU_FUNCTION))
 
 

@@ -7,7 +7,6 @@ place, whose name begins with a dot and whose `lock` is held (flock(2)) by the o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm_edge import locks
-from lfm_edge.files import cache_directory
+from lfm_edge.files import cache_directory, sha256
 
 SEAL, LOCK, NEW = "seal.json", "lock", "new"
 READY, MAKING, LEFT = "ready", "being made", "left by a process that ended"
@@ -79,7 +78,7 @@ def seal(directory: Path, of: str = "") -> None:
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / SEAL]
     for path in paths:
         _flush(path)
-    files = {path.relative_to(directory).as_posix(): {**_stamp(path), "sha256": _sha256(path)} for path in paths}
+    files = {path.relative_to(directory).as_posix(): {**_stamp(path), "sha256": sha256(path)} for path in paths}
     _write_seal(directory, {"of": of, "files": files})
 
 
@@ -94,7 +93,7 @@ def is_whole(directory: Path) -> bool:
         for name, entry in sealed["files"].items():
             stamp = _stamp(directory / name)
             if stamp != {key: entry[key] for key in stamp}:
-                if stamp["bytes"] != entry["bytes"] or _sha256(directory / name) != entry["sha256"]:
+                if stamp["bytes"] != entry["bytes"] or sha256(directory / name) != entry["sha256"]:
                     return False
                 entry.update(stamp)
                 changed = True
@@ -203,10 +202,6 @@ def _stamp(path: Path) -> dict[str, int]:
     status = path.stat()
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
 
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_seal(directory: Path, content: dict[str, Any]) -> None:

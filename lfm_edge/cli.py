@@ -228,7 +228,7 @@ def verify(
 ) -> None:
     """Check that a bundle computes what your quantized weights should, and how far those are from your model.
 
-    Ends with PASSED or FAILED; exits with 1 where anything is outside the target's limits.
+    Leads with PASSED or FAILED; exits with 1 where anything is outside the target's limits.
     """
     _let_threads_sleep()
     opened = _open(bundle)
@@ -657,8 +657,8 @@ def _name_of(model: str) -> str:
     return path.resolve().name if path.is_dir() else model.removeprefix("random:").rsplit("/", 1)[-1]
 
 
-def _say_written(path: Path, more: str = "", before: str = "") -> None:
-    out.print(f"{before}written to [bold]{escape(str(path))}[/]{escape(more)}", soft_wrap=True, highlight=False)
+def _say_written(path: Path) -> None:
+    out.print(f"written to [bold]{escape(str(path))}[/]", soft_wrap=True, highlight=False)
 
 
 def _for_a_shell(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -90,6 +91,12 @@ def whole_number(value: Any, at_least: int = 0) -> int:
     if type(value) is not int or value < at_least:
         raise ValueError(f"{value!r} is no whole number from {at_least} on")
     return value
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def one_of(known: tuple[Any, ...], value: Any) -> Any:

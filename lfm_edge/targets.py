@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from lfm_edge.errors import ExportError
-from lfm_edge.session.layout import RING, SHIFT, SLIDE, StateLayout
+from lfm_edge.session.layout import EXPLICIT, INTERNAL, RING, SHIFT, SLIDE, StateLayout
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,6 @@ class Target:
     state_layout: StateLayout
     state_modes: tuple[str, ...]
     artifact: str
-    weights: str
     thresholds: Thresholds
 
     @property
@@ -211,7 +210,7 @@ _XNNPACK_PARITY = {"logit_error": 1e-3, "typical_error": 1e-4, "kl_divergence": 
 _EXECUTORCH = {
     "exporter_name": "executorch", "requires": ("executorch",), "runtime": RUNTIMES["executorch"],
     "arithmetic": Arithmetic("int8 rows", ("float32",), ("float32", "int8")),
-    "state_layout": StateLayout(window=RING), "state_modes": ("explicit", "internal"), "artifact": "model.pte",
+    "state_layout": StateLayout(window=RING), "state_modes": (EXPLICIT, INTERNAL), "artifact": "model.pte",
 }
 
 # The reference rounds activations block by block, as MLAS does on x86-64, and what is said above holds here too:
@@ -222,7 +221,7 @@ _ONNX_PARITY = _XNNPACK_PARITY
 _ONNX = {
     "exporter_name": "onnx", "requires": ("onnxruntime", "onnxscript"), "runtime": RUNTIMES["onnxruntime"],
     "arithmetic": Arithmetic("int8 blocks", ("float32",), ("float32", "int8")),
-    "state_layout": StateLayout(kv_heads_first=True, window=SLIDE), "state_modes": ("explicit",),
+    "state_layout": StateLayout(kv_heads_first=True, window=SLIDE), "state_modes": (EXPLICIT,),
 }
 
 # Activations are not rounded to 8 bits here, so nothing tips: in float32 the error is that of sums in another order,
@@ -234,13 +233,13 @@ _APPLE_LAYOUT = StateLayout(kv_heads_first=True, conv_channels_last=True, window
 _MLX = {
     "exporter_name": "mlx", "requires": ("mlx",), "runtime": RUNTIMES["mlx"],
     "arithmetic": Arithmetic("float", ("bfloat16", "float32"), ("bfloat16", "float32")),
-    "state_layout": _APPLE_LAYOUT, "state_modes": ("explicit",), "artifact": "model.safetensors",
+    "state_layout": _APPLE_LAYOUT, "state_modes": (EXPLICIT,), "artifact": "model.safetensors",
 }
 
 _COREML = {
     "exporter_name": "coreml", "requires": ("coremltools",), "runtime": RUNTIMES["coreml"],
     "arithmetic": Arithmetic("float", ("float16", "float32"), ("float16", "float32")),
-    "state_layout": _APPLE_LAYOUT, "state_modes": ("explicit", "internal"), "artifact": "model.mlpackage",
+    "state_layout": _APPLE_LAYOUT, "state_modes": (EXPLICIT, INTERNAL), "artifact": "model.mlpackage",
 }
 
 # The NPU computes in integers of 16 bits whose scales were fixed beforehand; see docs/npu.md for what that costs.
@@ -250,7 +249,7 @@ _NPU = {
     "exporter_name": "qnn", "requires": ("onnxruntime_qnn",), "runtime": RUNTIMES["qnn"],
     "arithmetic": Arithmetic("float", ("int16",), ("int8",), two_level=True, fixed_ranges=True),
     "state_layout": StateLayout(kv_heads_first=True, keys_transposed=True, conv_channels_last=True, window=RING),
-    "state_modes": ("explicit",), "artifact": "npu",
+    "state_modes": (EXPLICIT,), "artifact": "npu",
 }
 
 # The reference rounds activations as ggml's kernels do, and what is said above holds here too where attention is in
@@ -261,7 +260,7 @@ _GGUF_PARITY = _XNNPACK_PARITY
 _GGUF = {
     "exporter_name": "gguf", "requires": ("gguf",), "runtime": RUNTIMES["llamacpp"],
     "arithmetic": Arithmetic("q8_0", ("float32",), ("float16", "float32"), converts_kv=True),
-    "state_layout": StateLayout(), "state_modes": ("explicit",), "artifact": "model.gguf",
+    "state_layout": StateLayout(), "state_modes": (EXPLICIT,), "artifact": "model.gguf",
 }
 
 # What quantization may cost, mean KL(float32 || quantized reference) in nats, by the fewest bits that any weight has.
@@ -275,29 +274,29 @@ RANDOM_QUALITY_KL = {4: 0.5, 8: 0.1}
 _TASK_DROP_4, _TASK_DROP_8 = 0.05, 0.02  # one prompt of 60 more or less is 0.017
 
 TARGETS: dict[str, Target] = {target.name: target for target in (
-    Target("android-q4", bits=4, weights="int4 groups, int8 head, int8 dynamic activations",
+    Target("android-q4", bits=4,
            thresholds=Thresholds(**_XNNPACK_PARITY, task_drop=_TASK_DROP_4), **_EXECUTORCH),
-    Target("android-q8", bits=8, weights="int8 per channel, int8 dynamic activations",
+    Target("android-q8", bits=8,
            thresholds=Thresholds(**_XNNPACK_PARITY, task_drop=_TASK_DROP_8), **_EXECUTORCH),
-    Target("onnx-q4", bits=4, weights="int4 groups, int8 head, int8 dynamic activations",
+    Target("onnx-q4", bits=4,
            artifact="onnx/model_q4.onnx",
            thresholds=Thresholds(**_ONNX_PARITY, task_drop=_TASK_DROP_4), **_ONNX),
-    Target("onnx-q8", bits=8, weights="int8 per channel, int8 dynamic activations",
+    Target("onnx-q8", bits=8,
            artifact="onnx/model_quantized.onnx",
            thresholds=Thresholds(**_ONNX_PARITY, task_drop=_TASK_DROP_8), **_ONNX),
-    Target("coreml-q4", bits=4, weights="int4 groups, int8 head, float16 activations",
+    Target("coreml-q4", bits=4,
            thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_4), **_COREML),
-    Target("coreml-q8", bits=8, weights="int8 per channel, float16 activations",
+    Target("coreml-q8", bits=8,
            thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_8), **_COREML),
-    Target("mlx-q4", bits=4, weights="int4 groups, int8 head, bfloat16 activations",
+    Target("mlx-q4", bits=4,
            thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_4), **_MLX),
-    Target("mlx-q8", bits=8, weights="int8 per channel, bfloat16 activations",
+    Target("mlx-q8", bits=8,
            thresholds=Thresholds(**_FLOAT_PARITY, task_drop=_TASK_DROP_8), **_MLX),
-    Target("npu-q4", bits=4, weights="int4 groups, int8 head, int16 activations",
+    Target("npu-q4", bits=4,
            thresholds=Thresholds(**_NPU_PARITY, task_drop=_TASK_DROP_4), **_NPU),
-    Target("npu-q8", bits=8, weights="int8 per channel, int16 activations",
+    Target("npu-q8", bits=8,
            thresholds=Thresholds(**_NPU_PARITY, task_drop=_TASK_DROP_8), **_NPU),
-    Target("gguf-q4", bits=4, weights="int4 groups, int8 head, int8 dynamic activations",
+    Target("gguf-q4", bits=4,
            thresholds=Thresholds(**_GGUF_PARITY, task_drop=_TASK_DROP_4), **_GGUF),
 )}
 

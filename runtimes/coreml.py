@@ -15,6 +15,7 @@ import torch
 
 from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import BundleError
+from lfm_edge.session.layout import EXPLICIT
 from lfm_edge.session.session import Logits, Session
 from lfm_edge.session.state import APPEND
 from runtimes.mil import MilProgram
@@ -121,7 +122,7 @@ class CoreMlSession(Session):
 
     def __init__(self, bundle: Bundle, host: Host) -> None:
         manifest = bundle.manifest
-        explicit = manifest.options.state == "explicit"
+        explicit = manifest.options.state == EXPLICIT
         held = tuple(tensor for tensor in manifest.state.tensors if explicit or tensor.update != APPEND)
         super().__init__(manifest.state, manifest.config.vocab_size, manifest.options.prefill_chunk, held)
         self.host = host

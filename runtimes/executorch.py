@@ -17,6 +17,7 @@ from lfm_edge.backends.mapped import MappedPages, loading
 from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import BundleError
 from lfm_edge.progress import native_messages_hidden
+from lfm_edge.session.layout import INTERNAL
 from lfm_edge.session.session import Logits, Session
 
 
@@ -28,7 +29,7 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     table.unlock()  # ExecuTorch's loader locks constants where the process may lock memory
     table.forget()
     manifest = bundle.manifest
-    held = () if manifest.options.state == "internal" else manifest.state.tensors
+    held = () if manifest.options.state == INTERNAL else manifest.state.tensors
     session = ExecutorchSession(manifest.state, manifest.config.vocab_size, manifest.options.prefill_chunk, held)
     session.forward, session.scored, session.table = forward, manifest.decoder.scored, table
     return session

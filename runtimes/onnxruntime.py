@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -156,9 +156,7 @@ def packed_directory(bundle: Bundle) -> Path:
 
     What a graph names as its data lies beside it, under any name.
     """
-    folder = PurePosixPath(bundle.manifest.decoder.artifact).parent
-    parts = [(name, entry["sha256"]) for name, entry in sorted(bundle.manifest.files.items())
-             if PurePosixPath(name).is_relative_to(folder)]
+    parts = [(name, bundle.manifest.files[name]["sha256"]) for name in bundle.artifact_names]
     key = [_FORMAT, bundle.manifest.decoder.artifact, parts, onnxruntime.__version__, _processor()]
     return cache_directory() / "onnxruntime" / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 

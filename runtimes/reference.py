@@ -68,15 +68,16 @@ class ReferenceSession(Session):
         return self._scored_step(tokens, 1)[0]
 
     def _embedded_step(self, embeddings: NDArray[np.float32]) -> Logits:
-        with torch.no_grad():
-            x, self.state = self.decoder.body(torch.from_numpy(embeddings)[None], torch.tensor([self.position]),
-                                              self.state)
-            return self.decoder.head(x)[0, 0].numpy()
+        return self._logits(torch.from_numpy(embeddings)[None], 1)[0]
 
     def _scored_step(self, tokens: list[int], count: int) -> NDArray[np.float32]:
+        return self._logits(self.decoder.embed_tokens(torch.tensor([tokens])), count)
+
+    def _logits(self, x: Tensor, count: int) -> NDArray[np.float32]:
+        """A step over embeddings, [1, T, hidden]: the logits after the last `count` of them, [count, vocab]."""
         with torch.no_grad():
-            logits, self.state = self.decoder(torch.tensor([tokens]), torch.tensor([self.position]), self.state, count)
-        return logits[0].numpy()
+            x, self.state = self.decoder.body(x, torch.tensor([self.position]), self.state, count)
+            return self.decoder.head(x)[0].numpy()
 
     def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits of every position of `tokens`, float32 [len(tokens), vocab], from a fresh state.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lfm_edge.bundle.manifest import MANIFEST, Manifest, is_manifest_of_ours, sha256
+from lfm_edge.bundle.manifest import MANIFEST, Manifest, is_manifest_of_ours
 from lfm_edge.bundle.manifest_checks import check_manifest
 from lfm_edge.bundle.output import new_directory
 from lfm_edge.bundle.parts import files_of
@@ -19,7 +19,7 @@ from lfm_edge.checkpoint.checkpoint import RANDOM, Checkpoint, is_hub_id, open_c
 from lfm_edge.checkpoint.sources import place_of
 from lfm_edge.checkpoint.tokenizer import GENERATION_CONFIG, TextTokenizer
 from lfm_edge.errors import BundleError, CheckpointError, LfmEdgeError
-from lfm_edge.files import read_json_object
+from lfm_edge.files import read_json_object, sha256
 from lfm_edge.model.weights import Weights
 from lfm_edge.quantization.tensor import QuantizedTensor
 from lfm_edge.session.sampling import Sampling

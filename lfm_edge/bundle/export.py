@@ -64,8 +64,9 @@ def export(model: str | Path = DEFAULT_MODEL, *, target: str, output: str | Path
     progress = progress or Progress()
     chosen = target_named(target)
     chosen.check_installed()
-    asked = ExportOptions(**options).checked(chosen)
-    mixed = asked.mixed_bits()
+    asked = ExportOptions(**options)
+    mixed = asked.mixed_bits(chosen)
+    asked = asked.checked(chosen, mixed)
     checkpoint = open_checkpoint(model)
     asked = asked.for_model(checkpoint.config)
     arithmetic = chosen.arithmetic

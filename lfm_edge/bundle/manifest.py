@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -14,8 +13,8 @@ from lfm_edge.bundle.parts import DECODER, Part, files_of, plain_path
 from lfm_edge.calibration.kv_scales import KV_SCALES_FILE
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import BundleError, LfmEdgeError
-from lfm_edge.files import one_of, text, whole_number
-from lfm_edge.quantization.recipe import Recipe
+from lfm_edge.files import one_of, sha256, text, whole_number
+from lfm_edge.quantization.recipe import NEAREST, Recipe
 from lfm_edge.session.layout import APPEND, RING, SHIFT, SLIDE, StateLayout
 from lfm_edge.session.saved import Origin
 from lfm_edge.session.state import StateSpec
@@ -136,7 +135,7 @@ def _read_2(raw: dict[str, Any]) -> dict[str, Any]:
         "group_size": groups[0] if groups else DEFAULT_GROUP_SIZE, "head_bits": raw["recipe"]["head"]["bits"],
         "compute_dtype": raw["compute_dtype"], "state": raw["state_mode"],
         "kv_dtype": kv_dtypes[0] if kv_dtypes else target.arithmetic.kv_choices(raw["compute_dtype"])[0],
-        "rounding": raw["recipe"].get("rounding", "nearest")}
+        "rounding": raw["recipe"].get("rounding", NEAREST)}
     part = {
         "name": DECODER, "kind": DECODER, "artifact": raw["artifact"],
         "files": files_of(plain_path(raw["artifact"]), raw["files"]), "inputs": [], "outputs": [], "precision": {},
@@ -161,9 +160,3 @@ def _layout(raw: dict[str, Any]) -> StateLayout:
 
 def _baked(raw: dict[str, Any]) -> BakedPrompt:
     return BakedPrompt(plain_path(raw["file"]), whole_number(raw["tokens"], at_least=1))
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from lfm_edge.calibration.gptq import WINDOWS_FILE
 from lfm_edge.calibration.kv_scales import KV_SCALES_FILE
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.quantization.recipe import GPTQ
+from lfm_edge.session.layout import EXPLICIT
 from lfm_edge.targets import RUNTIMES
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _check_listed(manifest: Manifest) -> None:
     for what, name in needed.items():
         if name is not None and name not in manifest.files:
             raise ValueError(f"files does not list {name}, {what}")
-    if baked and (baked.tokens >= manifest.state.context or manifest.options.state != "explicit"):
+    if baked and (baked.tokens >= manifest.state.context or manifest.options.state != EXPLICIT):
         raise ValueError(f"a baked prompt of {baked.tokens} tokens, a context of {manifest.state.context}, and the "
                          f"state is {manifest.options.state}")
 

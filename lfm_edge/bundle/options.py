@@ -11,13 +11,12 @@ from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.errors import ExportError
 from lfm_edge.files import one_of, text, whole_number
 from lfm_edge.quantization.recipe import GROUP_SIZES, HEAD_BITS, NEAREST, ROUNDINGS, MixedBits
-from lfm_edge.session.layout import StateLayout
+from lfm_edge.session.layout import EXPLICIT, INTERNAL, StateLayout
 from lfm_edge.session.state import DTYPES, StateSpec
 from lfm_edge.targets import Target
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_GROUP_SIZE, DEFAULT_HEAD_BITS = 32, 8
-EXPLICIT, INTERNAL = "explicit", "internal"
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "int16")
 _FILES = ("calibration", "recipe", "bake_prompt")
 
@@ -52,13 +51,14 @@ class ExportOptions:
     recipe: str | Path | None = None
     bake_prompt: str | Path | None = None
 
-    def checked(self, target: Target) -> ExportOptions:
+    def checked(self, target: Target, bits: MixedBits | None = None) -> ExportOptions:
         """The same, whole but for what depends on the model.
 
+        bits: what `mixed_bits` gave, where the recipe's file has been read
         Raises ExportError, with the option as the command line spells it, for what the target cannot honour.
         """
         self._check_numbers()
-        bits = self._bits(target)
+        bits = bits or self.mixed_bits(target)
         compute_dtype = _given(self.compute_dtype, target.arithmetic.compute_dtypes[0])
         _check_choice("--compute-dtype", compute_dtype, target, target.arithmetic.compute_dtypes)
         kv_dtypes = target.arithmetic.kv_choices(compute_dtype)
@@ -72,11 +72,23 @@ class ExportOptions:
         return replace(self, group_size=bits.group_size, head_bits=bits.head_bits, compute_dtype=compute_dtype,
                        kv_dtype=kv_dtype, soc=self._chips(target))
 
-    def mixed_bits(self) -> MixedBits:
-        """What the recipe's file says, or the options where there is none. Raises ExportError where it is none."""
+    def mixed_bits(self, target: Target) -> MixedBits:
+        """What the recipe's file says, or the options where there is none.
+
+        Raises ExportError where there are both, where the file is none, and for what the target cannot honour.
+        """
         if self.recipe is not None:
+            if self.group_size is not None or self.head_bits is not None:
+                raise ExportError(f"--recipe {self.recipe}: has a group size and the bits of the head; leave out "
+                                  "--group-size and --head-bits")
             return MixedBits.read(Path(self.recipe))
-        return MixedBits(_given(self.group_size, DEFAULT_GROUP_SIZE), _given(self.head_bits, DEFAULT_HEAD_BITS), {})
+        bits = MixedBits(_given(self.group_size, DEFAULT_GROUP_SIZE), _given(self.head_bits, DEFAULT_HEAD_BITS), {})
+        _check_choice("--group-size", bits.group_size, target, GROUP_SIZES)
+        _check_choice("--head-bits", bits.head_bits, target, HEAD_BITS)
+        if target.bits == bits.head_bits == 8 and bits.group_size != DEFAULT_GROUP_SIZE:
+            raise ExportError(f"--group-size {bits.group_size}: {target.name} is quantized per channel and has no "
+                              "groups")
+        return bits
 
     def for_model(self, config: ModelConfig) -> ExportOptions:
         """The same with the context that the model can have. Raises ExportError where it can have none of that size."""
@@ -111,20 +123,6 @@ class ExportOptions:
             raise ExportError(f"--context {self.context}: a context holds at least 2 tokens")
         if self.prefill_chunk < 1:
             raise ExportError(f"--prefill-chunk {self.prefill_chunk}: a step takes at least 1 token")
-
-    def _bits(self, target: Target) -> MixedBits:
-        """Group size and bits of the head."""
-        if self.recipe is not None and (self.group_size is not None or self.head_bits is not None):
-            raise ExportError(f"--recipe {self.recipe}: has a group size and the bits of the head; leave out "
-                              "--group-size and --head-bits")
-        bits = self.mixed_bits()
-        _check_choice("--group-size", bits.group_size, target, GROUP_SIZES)
-        _check_choice("--head-bits", bits.head_bits, target, HEAD_BITS)
-        has_groups = target.bits == 4 or bits.head_bits == 4 or self.recipe is not None
-        if not has_groups and bits.group_size != DEFAULT_GROUP_SIZE:
-            raise ExportError(f"--group-size {bits.group_size}: {target.name} is quantized per channel and has no "
-                              "groups")
-        return bits
 
     def _chips(self, target: Target) -> str | None:
         """The chips by their names, each once."""

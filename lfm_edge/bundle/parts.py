@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -120,16 +120,17 @@ def state_values(tensors: Iterable[StateTensor], name: Callable[[str], str] = st
     return tuple(Value(name(tensor.name), tensor.dtype, tensor.shape) for tensor in tensors)
 
 
-def next_values(tensors: Iterable[StateTensor], name: Callable[[str], str] = str) -> tuple[Value, ...]:
-    """The state as a static program gives it: of a cache that the host writes only the step's rows."""
+def static_values(tensors: Sequence[StateTensor], chunk: int, dtype: str, vocab_size: int,
+                  name: Callable[[str], str] = str) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
+    """Inputs and outputs of a static program: of a cache that the host writes it gives only the step's rows.
+
+    tensors: of the state, as far as it comes and goes; chunk: tokens of the longest step; dtype: of the logits
+    """
     def shape(tensor: StateTensor) -> tuple[int | str, ...]:
         rows = tensor.axis if tensor.update == APPEND else None
         return tuple(TOKENS if axis == rows else size for axis, size in enumerate(tensor.shape))
 
-    return tuple(Value(name(tensor.next_name), tensor.dtype, shape(tensor)) for tensor in tensors)
-
-
-def static_step(chunk: int) -> tuple[Value, ...]:
-    """What a static program takes before the state; `valid` where it is for more than one token."""
     valid = (Value("valid", "int32", (1,), optional=True),) if chunk > 1 else ()
-    return Value("tokens", "int32", (1, TOKENS)), Value("position", "int32", (1,)), *valid
+    step = (Value("tokens", "int32", (1, TOKENS)), Value("position", "int32", (1,)), *valid)
+    following = (Value(name(tensor.next_name), tensor.dtype, shape(tensor)) for tensor in tensors)
+    return (*step, *state_values(tensors, name)), (Value("logits", dtype, (1, 1, vocab_size)), *following)

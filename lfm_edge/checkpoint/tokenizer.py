@@ -34,7 +34,8 @@ Message = dict[str, Any]  # `role` and `content`, and what else a chat template 
 # The tokens that tokenizer_config.json gives a purpose.
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_NAME = re.compile(r"\w[\w.-]*")
-_GIVEN = ("messages", "add_generation_prompt", "tools", "bos_token", "eos_token", "pad_token")  # to chat templates
+_TO_TEMPLATES = ("bos_token", "eos_token", "pad_token")
+_GIVEN = ("messages", "add_generation_prompt", "tools", *_TO_TEMPLATES)  # to chat templates
 _PLAIN: list[Message] = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
 
 # Ids 0 to 15 of the published LFM2 / LFM2.5 vocabulary of 65,536 tokens.
@@ -265,7 +266,7 @@ class TextTokenizer:
         template = self.templates.get(TOOL_TEMPLATE, self.template) if tools is not None else self.template
         if template is None:
             raise BundleError("this bundle has no chat template; `generate --raw` continues a plain text")
-        tokens = {name: _content(self.config.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")}
+        tokens = {name: _content(self.config.get(name, "")) for name in _TO_TEMPLATES}
         try:
             with limited_time():
                 return _environment().from_string(template).render(

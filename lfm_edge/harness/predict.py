@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from lfm_edge.backends.mapped import WORTH_FORGETTING
 from lfm_edge.bundle.manifest import Manifest
 from lfm_edge.quantization.recipe import EMBEDDING, UNTIED_HEAD, Scheme, recipe
+from lfm_edge.session.layout import INTERNAL
 from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import RUNTIMES, Footprint, target_named
 
@@ -92,7 +93,7 @@ def _row_bytes(state: StateSpec) -> float:
 
 
 def _cache_rows(manifest: Manifest, filled: int) -> int:
-    whole = manifest.options.state == "internal" or RUNTIMES[manifest.runtime].footprint.whole_cache
+    whole = manifest.options.state == INTERNAL or RUNTIMES[manifest.runtime].footprint.whole_cache
     return manifest.state.context if whole else min(filled, manifest.state.context)
 
 

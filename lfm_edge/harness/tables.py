@@ -47,7 +47,7 @@ def verification_tables(result: Verification) -> list[Table]:
     weights.add_row("from the checkpoint", rounding_line(rounding), _verdict(rounding.passed))
     cost = result.quality
     quality = _whole("positions", "perplexity float32", "quantized", "KL (nats)", "limit", "top-1", "",
-                    title="quantized reference against the float32 model", title_justify="left")
+                     title="quantized reference against the float32 model", title_justify="left")
     quality.add_row(str(cost.positions), f"{cost.float_perplexity:.3f}", f"{cost.perplexity:.3f}",
                     f"{cost.kl_divergence:.4f}", f"{cost.limit:g}", f"{cost.top1_agreement:.1%}",
                     _verdict(cost.passed))

@@ -11,8 +11,7 @@ from lfm_edge.harness.verify import Verification
 
 def verdict_lines(result: Verification) -> list[str]:
     """PASSED or FAILED, then the few numbers that one acts on, then each check that failed."""
-    found = list(verification_checks(result))
-    run = [(name, passed, line) for name, passed, line in found if passed is not None]
+    run = [check for check in verification_checks(result) if check[1] is not None]
     good = sum(passed for _, passed, _ in run)
     weights, worst, cost = result.weights, _worst(result), result.quality
     limit = result.limits.of_phase(worst.phase)
@@ -23,8 +22,8 @@ def verdict_lines(result: Verification) -> list[str]:
         f"  quality  KL {cost.kl_divergence:.4f} nats from the float32 model (limit {cost.limit:g})"]
     if result.tasks:
         prompts = sum(task.prompts for task in result.tasks)
-        right, theirs = (sum(round(accuracy * task.prompts) for task, accuracy in pairs) for pairs in (
-            [(task, task.accuracy) for task in result.tasks], [(task, task.float_accuracy) for task in result.tasks]))
+        right = sum(round(task.accuracy * task.prompts) for task in result.tasks)
+        theirs = sum(round(task.float_accuracy * task.prompts) for task in result.tasks)
         lines.append(f"  tasks    {right} of {prompts} answered exactly, by the float32 model {theirs}")
     if result.remark:
         lines.append(f"  note     {result.remark}")

@@ -23,6 +23,7 @@ from lfm_edge.harness.rounding import RoundingCheck, check_rounding
 from lfm_edge.model.weights import Weights
 from lfm_edge.progress import Progress
 from lfm_edge.quantization.recipe import GPTQ, Recipe
+from lfm_edge.session.layout import EXPLICIT
 from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import QUALITY_KL, RANDOM_QUALITY_KL, Thresholds
 from runtimes import reference as torch_runtime
@@ -275,7 +276,7 @@ def _phases(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     """Those of what the bundle can do, and what it was told not to be able to do, with the reason."""
     scored = bundle.manifest.decoder.scored
     phases = [phase for phase in parity.PHASES if scored > 1 or phase not in parity.NEEDS_SCORES]
-    if bundle.manifest.options.state == "explicit":
+    if bundle.manifest.options.state == EXPLICIT:
         return phases, {}
     reason = "the state is inside the program (--state internal): it cannot be snapshotted"
     return ([phase for phase in phases if phase not in parity.NEEDS_SNAPSHOT],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 REPLACE = "replace"
 APPEND, RING, SLIDE, SHIFT = "append", "ring", "slide", "shift"  # of caches: where a position's row stands
+EXPLICIT, INTERNAL = "explicit", "internal"  # who keeps the state: the caller, or the program
 UPDATES = (REPLACE, APPEND, RING, SLIDE, SHIFT)
 
 

@@ -88,7 +88,7 @@ class Session(ABC):
 
     def _embedded_step(self, embeddings: NDArray[np.float32]) -> Logits:
         """As `_step`, of embeddings in place of tokens, float32 [T, hidden]. Where `takes_embeddings`."""
-        raise LfmEdgeError("this program looks embeddings up itself: it takes tokens only")
+        raise NotImplementedError
 
     def _room(self) -> int:
         """Most tokens that the next step takes."""
@@ -114,10 +114,10 @@ class Session(ABC):
         self._check_whole()
         tokens, embeddings = [int(token) for token in tokens], np.asarray(embeddings, np.float32)
         self._check(tokens)
-        if not self.takes_embeddings or embeddings.ndim != 2 or len(embeddings) != len(tokens):
-            raise LfmEdgeError("this program looks embeddings up itself: it takes tokens only"
-                               if not self.takes_embeddings else
-                               f"embeddings of shape {list(embeddings.shape)} for {len(tokens)} tokens")
+        if not self.takes_embeddings:
+            raise LfmEdgeError("this program looks embeddings up itself: it takes tokens only")
+        if embeddings.ndim != 2 or len(embeddings) != len(tokens):
+            raise LfmEdgeError(f"embeddings of shape {list(embeddings.shape)} for {len(tokens)} tokens")
         taken = [Embedded.of(token, row) for token, row in zip(tokens, embeddings, strict=True)]
         return self._advance(taken, lambda start, end: self._embedded_step(embeddings[start:end]))
 
