@@ -128,6 +128,14 @@ def test_a_template_s_switches_are_the_user_s(with_template, given, shown):
         tokenizer.check_options({"thinking": True})
 
 
+def test_a_template_that_cannot_be_parsed_is_one_line(with_template):
+    bundle = with_template(template="{{ " + "(" * 3000 + "x" + ")" * 3000 + " }}")
+    for options in ([], ["--template-option", "x=1"]):
+        run = in_process("generate", bundle.directory, "--prompt", "hi", *options)
+
+        assert run.returncode == 2 and run.stderr.count("\n") == 1
+
+
 def test_switches_reach_the_template_from_the_command_line(with_template):
     bundle = with_template(before="{{- raise_exception('so it is ' ~ (enable_thinking is false) ~ level) -}}")
     run = in_process("generate", bundle.directory, "--prompt", "hi", "--template-option", "enable_thinking=false",
