@@ -500,8 +500,8 @@ _USAGE = """\
 ## Loading it
 
 Compiled for CHIPS: put that directory and `npu/embedding.*` on the device. ONNX Runtime with the QNN provider loads
-`decode.onnx`PREFILL from it. `npu/graphs` is what was compiled; a device has no need of it.
-
+`decode.onnx` from it, which takes one token. `npu/graphs` is what was compiled; a device has no need of it.
+PREFILL
 - `npu/embedding.onnx`, on the CPU: `input_ids` int64 [1, T] -> `inputs_embeds`, the first input of the graphs
 - `cos`, `sin` float32 [1, T, 1, WIDTH]: the rotation of each position, `sin` with the sign of its first half changed
 - `past_mask` float32 [1, 1, 1, context]: 0 for positions that are filled, -1 for the others
@@ -513,8 +513,8 @@ In Python: `from lfm_edge import open_bundle; session = open_bundle(".").session
 simulator of an x86-64 Linux host.
 """
 
-_PREFILL_USAGE = """\
-, and `prefill.onnx`, which takes CHUNK tokens, the last ones padding where there are fewer, and is told
-by `last` int32 [1] which is the last valid one, and by `conv_rows` int32 [taps - 1] = valid, valid + 1, ... which
-columns are the next conv state,
+_PREFILL_USAGE = """
+`prefill.onnx` takes CHUNK tokens; where there are fewer, the last ones are padding. Two inputs tell it how many are
+valid: `last` int32 [1] is the index of the last valid token, and `conv_rows` int32 [taps - 1] = valid, valid + 1, ...
+are the columns that become the next conv state.
 """

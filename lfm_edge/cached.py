@@ -52,9 +52,11 @@ class Entry:
 
 
 def entries(unused_days: float = 0) -> list[Entry]:
-    """All that is in the cache, the longest unused first. unused_days: only what has not been used for so long"""
-    found = [_entry(path) for kind in _inside(cache_directory()) if kind.is_dir() for path in _inside(kind)
-             if path.suffix != ".lock"]
+    """All that can be made again, the longest unused first. (Where checkpoints lie, which nobody else knows, cannot.)
+
+    unused_days: only what has not been used for so long
+    """
+    found = [_entry(path) for kind in _WHAT for path in _inside(cache_directory() / kind) if path.suffix != ".lock"]
     return sorted((entry for entry in found if time.time() - entry.used >= unused_days * _DAY),
                   key=lambda entry: (entry.used, entry.path))
 

@@ -58,14 +58,14 @@ Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id (ow
                                          "random:PRESET for random weights at a published size, such as "
                                          "random:lfm2.5-1.2b.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory, as `export` writes it.", show_default=False)]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON as well; - for standard output "
-                                                               "in place of the table.", show_default=False)]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON; - prints JSON instead "
+                                                               "of the tables.", show_default=False)]
 Baked = Annotated[bool, typer.Option("--baked-prompt/--no-baked-prompt",
                                      help="Start after the system prompt that the bundle ships, where it has one.")]
 Temperature = Annotated[float | None, typer.Option(
-    min=0.0, help="0 takes the best token; the higher, the more random. (default: this and the four below as the "
-                  "checkpoint's generation_config.json has them, or the best token)", show_default=False)]
-TopK = Annotated[int | None, typer.Option(min=0, help="Draw from so many of the best tokens only; 0 for all.",
+    min=0.0, help="0 takes the best token; higher is more random. (default: this option and the next four are taken "
+                  "from the checkpoint's generation_config.json; without one, the best token)", show_default=False)]
+TopK = Annotated[int | None, typer.Option(min=0, help="Draw from the N best tokens only; 0 for all.",
                                           show_default=False)]
 TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from the fewest best tokens that together "
                                                                    "have this probability.", show_default=False)]
@@ -79,9 +79,9 @@ System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system promp
 TemplateOption = Annotated[list[str] | None, typer.Option(
     metavar="KEY=VALUE", help="A switch of the chat template, such as enable_thinking=false; may be given again.",
     show_default=False)]
-Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
-Lookahead = Annotated[int, typer.Option(min=0, help="Guess up to so many tokens from what the conversation repeats, "
-                                                     "and check them in one step: the same text, sooner where it "
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random draws: the same seed gives the same answer.")]
+Lookahead = Annotated[int, typer.Option(min=0, help="Guess up to N tokens from earlier text of the conversation, and "
+                                                     "check them in one step: the same answer, faster where it "
                                                      "repeats. Up to 7 on android targets.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime. (default: the runtime's own)",
                                              show_default=False)]
@@ -155,14 +155,15 @@ def export(
     prefill_chunk: Annotated[int, typer.Option(help="Most tokens that one step takes.")] = 128,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128. (default: "
                                                         "32)", show_default=False)] = None,
-    head_bits: Annotated[int | None, typer.Option(help="Bits of embedding and head: 8, or 4 for the last megabytes. "
-                                                       "(default: 8)", show_default=False)] = None,
+    head_bits: Annotated[int | None, typer.Option(
+        help="Bits of embedding and head: 8, or 4, which saves about 67 MB per copy at 1.2B and costs some quality. "
+             "(default: 8)", show_default=False)] = None,
     compute_dtype: Annotated[str | None, typer.Option(
         help="What the program computes in: float16, bfloat16 or float32, as far as the target has a choice. "
              "(default: the target's own)", show_default=False)] = None,
     kv_dtype: Annotated[str | None, typer.Option(
-        help="Type of the KV cache: int8, or the type that the program computes in; for llama.cpp float16 or float32. "
-             "(default: the latter, or float16)",
+        help="Type of the KV cache: int8, or the compute type; for llama.cpp float16 or float32. (default: the compute "
+             "type; float16 for llama.cpp)",
         show_default=False)] = None,
     state: Annotated[str, typer.Option(help="explicit: the app owns the state, and can snapshot it. internal: the "
                                             "program does, as the stock LLM runners and Core ML's MLState want it.")
@@ -170,12 +171,13 @@ def export(
     soc: Annotated[str | None, typer.Option(
         help="Chips to compile for, for NPU targets: sm8350, sm8550, sm8650, sm8750, sm8850, several with commas "
              "between. (default: sm8750)", show_default=False)] = None,
-    rounding: Annotated[str, typer.Option(help="nearest: each weight to the nearest code. gptq: by what the layers "
-                                               "make of a text; takes minutes, and costs less quality.")] = "nearest",
+    rounding: Annotated[str, typer.Option(
+        help="nearest: each weight to the nearest code. gptq: so that the layers answer a text as before; takes "
+             "minutes, and loses less quality.")] = "nearest",
     calibration: Annotated[Path | None, typer.Option(
-        help="UTF-8 text with prompts separated by blank lines, for what is measured on a text: activations of NPU "
-             "targets, an int8 KV cache, --rounding gptq. (default: the prompts that the checkpoint ships or built-in "
-             "ones; for gptq a built-in text)", show_default=False)] = None,
+        help="UTF-8 text with prompts like your app's, separated by blank lines. It is used for activations of NPU "
+             "targets, the int8 KV cache of onnx targets, and --rounding gptq. (default: the checkpoint's own prompts, "
+             "or built-in ones; for gptq a built-in text)", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option(help="Which linear layers have 4 bits and which 8: a file that "
                                                      "`sensitivity --output` wrote.", show_default=False)] = None,
     bake_prompt: Annotated[Path | None, typer.Option(
@@ -212,17 +214,17 @@ def inspect(bundle: BundlePath) -> None:
 def verify(
     bundle: BundlePath,
     json_file: JsonFile = None,
-    model: Annotated[str | None, typer.Option(help="Where the checkpoint is, if not where this machine exported it "
-                                                   "from.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Where the checkpoint is, if this machine did not export the "
+                                                   "bundle.", show_default=False)] = None,
     threads: Threads = None,
     soc: Annotated[str | None, typer.Option(help="Which of the chips that an NPU bundle was compiled for. (default: "
                                                  "the one of this device, or the first)", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option(
-        min=2, help="Tokens of text to run, where simulating all would take hours. (default: two prefill chunks and "
-                    "24)", show_default=False)] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure quality on (perplexity, KL divergence), its "
-                                                   "first 4,096 tokens; the checkpoint's tasks or a built-in text "
-                                                   "where none is given.", show_default=False)] = None,
+        min=2, help="Tokens of text to run: fewer where a simulator would take hours. (default: two prefill chunks "
+                    "and 24)", show_default=False)] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure quality on (perplexity, KL divergence); its "
+                                                   "first 4,096 tokens are used. (default: the checkpoint's tasks, "
+                                                   "or a built-in text)", show_default=False)] = None,
     details: Annotated[bool, typer.Option("--details", help="Show every phase, weight check and task as well.")
                        ] = False,
 ) -> None:
@@ -251,8 +253,8 @@ def verify(
 @app.command()
 def sensitivity(
     model: Model = DEFAULT_MODEL,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on, as the model meets it; the built-in "
-                                                   "prompts where none is given.", show_default=False)] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on, like what your users will write. "
+                                                   "(default: built-in prompts)", show_default=False)] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Most tokens of it to use; the time grows with them.")] = 512,
     group_size: Annotated[int, typer.Option(help="Columns that share a 4-bit scale: 32, 64 or 128.")] = 32,
     max_size: Annotated[str | None, typer.Option(help="Choose bits for each layer so that the weights take at most "
@@ -295,15 +297,16 @@ def bench(
                                          "runtime; several numbers with commas are swept. (default: all cores)")
                        ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, each in a fresh process.")] = 3,
-    sustained: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="Also decode this long without a pause, "
-                                             "to see it slow down; 0 for not.")] = 0.0,
+    sustained: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="Also decode for so long without a "
+                                             "pause, to see it slow down; 0: do not.")] = 0.0,
     budget: Annotated[str | None, typer.Option(
-        metavar="SIZE", show_default=False, help="What memory above an empty process may reach with the whole context "
-                                                 "filled; given, a bundle that cannot be measured here fails. "
-                                                 "(default: 1GB)")] = None,
+        metavar="SIZE", show_default=False,
+        help="Most memory above an empty process, with the whole context filled. If given, a bundle that cannot be "
+             "measured here fails. (default: 1GB)")] = None,
     memory_limit: Annotated[str | None, typer.Option(
-        metavar="SIZE", show_default=False, help="Let the operating system end a round that takes more memory above an "
-                                                 "empty process, such as 900MB.")] = None,
+        metavar="SIZE", show_default=False,
+        help="Let the operating system end a round that takes more memory than this above an empty process, such as "
+             "900MB.")] = None,
     project: Annotated[bool, typer.Option("--project", help="Show what phones might decode, projected from their "
                                                             "published memory bandwidth. (In the JSON always.)")
                        ] = False,
@@ -313,15 +316,15 @@ def bench(
              "onnxruntime-genai, mlx-lm. Each builds from the bundle's checkpoint, with options as near to the "
              "bundle's as it has; what it built stays in the cache. The table says what is not equal. PEER=BUNDLE "
              "builds for that bundle alone, and holds all of them against it.")] = None,
-    model: Annotated[str | None, typer.Option(help="Where the checkpoint is that peers are built from, if not where "
-                                                   "this machine exported it from.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Where the checkpoint is that peers are built from, if this "
+                                                   "machine did not export the bundle.", show_default=False)] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure load time, time to first token, tokens per second and memory.
 
-    Exits with 1 where a bundle is over the budget or the memory limit, or was not measured and one of them is given;
-    peers may be. Bundles and peers for Apple's runtimes are measured on a Mac only, bundles for the NPU on a Snapdragon
-    device.
+    Exits with 1 if a bundle exceeds the budget or the memory limit, or if one of them is given and the bundle cannot be
+    measured here. Peers built by --against never fail the run. Core ML and MLX are measured on a Mac only, the NPU on a
+    Snapdragon device.
     """
     if model is not None and not against:
         raise LfmEdgeError(f"--model {model}: bench reads a checkpoint for peers only; give --against as well")
@@ -342,6 +345,58 @@ def bench(
     _render(bench_tables(result, projections=project), result.to_dict(_command()), json_file, leading_lines(result))
     for line in budget_lines(result):
         err.print(line, soft_wrap=True, highlight=False, markup=False)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(
+        help="Bundle directories, and checkpoints (a directory, a hub id or random:PRESET), which are computed in "
+             "float32; all are compared with the first.", show_default=False)],
+    tasks: Annotated[Any, typer.Option(parser=_names, metavar="TASK,...", show_default=False,
+                                       help="Tasks of lm-evaluation-harness, such as ifeval, gsm8k or mmlu_pro; "
+                                            "`lm-eval ls tasks` lists them.")],
+    task_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Where tasks of your own are, as YAML files.",
+                                                     show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task.",
+                                              show_default=False)] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt. (default: as each task has it)",
+                                                 show_default=False)] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Ask without the chat template.")] = False,
+    system: System = None,
+    template_option: TemplateOption = None,
+    think_end_token: Annotated[str | None, typer.Option(
+        metavar="TEXT", help="What a thinking model's thoughts end with, such as </think>; the answer is what follows.",
+        show_default=False)] = None,
+    context: Annotated[int | None, typer.Option(
+        min=2, help="Most tokens of a prompt with its answer; longer prompts lose their beginning. (default: the "
+                    "smallest context of the bundles)", show_default=False)] = None,
+    max_drop: Annotated[float | None, typer.Option(
+        min=0.0, help="Exit with 1 if a metric is worse than the first model's by more than this, such as 0.02.",
+        show_default=False)] = None,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Put the tasks of lm-evaluation-harness to bundles and to the original model, and compare the scores.
+
+    The artifact itself answers, in its own runtime. Prompts that begin alike are prefilled once.
+    """
+    check_outputs({"--json": json_file}, [])
+    if raw and (system is not None or template_option):
+        raise LfmEdgeError("--raw: without the chat template there is no --system and no --template-option")
+    _let_threads_sleep()
+    if not err.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars
+    from lfm_edge.harness.evaluation import Settings
+    from lfm_edge.harness.evaluation import evaluate as run
+    from lfm_edge.harness.evaluation_lines import evaluation_lines
+    from lfm_edge.progress import LineProgress
+
+    settings = Settings(tasks, None if task_folder is None else str(task_folder), limit, few_shot, raw, system,
+                        _template_options(template_option), think_end_token, context, threads, max_drop)
+    result = run(models, settings, progress=LineProgress(err))
+    _render([], result.to_dict(_command()), json_file, list(evaluation_lines(result)))
     if not result.passed:
         raise typer.Exit(1)
 
@@ -413,7 +468,7 @@ def generate(
             session.load(baked)
         tokens = run(session, tokenizer.encode(prompt, special=session.position == 0), max_tokens=max_tokens,
                      sampling=sampling, seed=seed, stop=stop, lookahead=lookahead)
-        pieces = text_pieces(tokenizer, tokens)
+        pieces = text_pieces(tokenizer.shown, tokens)
     else:
         conversation = Chat(_session(opened, threads), tokenizer, stop, baked, system=system,
                             options=_template_options(template_option))

@@ -212,7 +212,7 @@ def test_two_system_prompts_are_one_too_many(tiny_bundle, tmp_path):
 def test_pieces_are_the_text(tokenizer, text):
     ids = tokenizer.encode(text, special=False)
 
-    pieces = list(text_pieces(tokenizer, iter(ids)))
+    pieces = list(text_pieces(tokenizer.shown, iter(ids)))
 
     assert "".join(pieces) == tokenizer.shown(ids) == text
     assert all(pieces)
@@ -224,13 +224,13 @@ def test_pieces_of_any_tokens_are_their_text(tokenizer, seed):
     choose = random.Random(seed)
     ids = [choose.randrange(272) for _ in range(choose.randrange(60))]
 
-    assert "".join(text_pieces(tokenizer, iter(ids))) == tokenizer.shown(ids)
+    assert "".join(text_pieces(tokenizer.shown, iter(ids))) == tokenizer.shown(ids)
 
 
 def test_what_is_whole_is_said_at_once(tokenizer):
     ids = tokenizer.encode("ab é", special=False)
     heard = []
-    pieces = text_pieces(tokenizer, (heard.append(token) or token for token in ids))
+    pieces = text_pieces(tokenizer.shown, (heard.append(token) or token for token in ids))
 
     assert [(next(pieces), len(heard)) for _ in range(4)] == [("a", 1), ("b", 2), (" ", 3), ("é", 5)]
 
@@ -240,7 +240,7 @@ def test_a_long_answer_costs_no_more_a_token_than_a_short_one(tokenizer, monkeyp
     shown = TextTokenizer.shown
     monkeypatch.setattr(TextTokenizer, "shown", lambda self, ids: decoded.append(len(ids)) or shown(self, ids))
 
-    "".join(text_pieces(tokenizer, iter(tokenizer.encode("straße, 世界! " * 200, special=False))))
+    "".join(text_pieces(tokenizer.shown, iter(tokenizer.encode("straße, 世界! " * 200, special=False))))
 
     assert max(decoded) <= 8
 

@@ -151,7 +151,7 @@ BAD_OPTIONS = {
     "model that is not there": (["--model", "/no/such/model"], "/no/such/model: no such directory"),
     "unknown preset": (["--model", "random:lfm9"], "random:lfm9: unknown preset; known are"),
     "rounding": (["--rounding", "up"], "--rounding up: android-q4 takes nearest or gptq"),
-    "calibration of nothing": (["--calibration", "p.txt"], "calibrates nothing here but with"),
+    "calibration of nothing": (["--calibration", "p.txt"], "measures nothing on a text with these options"),
     "no calibration text": (["--rounding", "gptq", "--calibration", "/no/text"], "/no/text: cannot be read (No such"),
     "calibration with a directory": (["--rounding", "gptq", "--calibration", "/"], "/: cannot be read (Is a"),
     "calibration with binary data": (["--rounding", "gptq", "--calibration", TINY / "model.safetensors"],

@@ -10,6 +10,7 @@ from lfm_edge import export
 from lfm_edge.backends.npu import EMBEDDINGS, LOGITS, MASK, NpuSession
 from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import LfmEdgeError
+from lfm_edge.session.scoring import loglikelihood, visit
 from lfm_edge.session.state import APPEND, StateSpec
 from lfm_edge.targets import TARGETS
 from runtimes.reference import ReferenceSession, float_weights
@@ -274,3 +275,51 @@ def test_marks_of_steps_do_not_pile_up(session_of):
         session.prefill_scored([token], 1)
     assert session._before.before is None
 
+
+
+# --- marks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith("internal")])
+def test_going_back_to_a_mark_leaves_nothing_of_what_came_after(session_of, kind):
+    session = session_of(kind)
+    expected = expected_after(session, BEFORE)
+    prepared(session)
+    mark = session.mark()
+    for _ in range(2):
+        session.prefill(LONG)
+        session.rewind(mark)
+        assert (session.position, session.tokens) == (len(BEFORE), BEFORE)
+        np.testing.assert_array_equal(logits_after(session, AFTER), expected)
+
+
+@pytest.mark.parametrize("kind", ["reference", "android", "onnx", "gguf"])
+def test_going_back_that_is_interrupted_anywhere_leaves_the_session_unchanged_or_broken(session_of, kind):
+    session = session_of(kind)
+    marks = []
+
+    def gone_on():
+        prepared(session)
+        marks.append(session.mark())
+        session.prefill(LONG)
+
+    gone_on()
+    expected = logits_after(session, AFTER)
+    for line in at_every_line(lambda: session.rewind(marks[-1]), gone_on):
+        if not session.broken:
+            assert session.tokens in (BEFORE, BEFORE + LONG), line
+            if session.tokens == BEFORE + LONG:
+                np.testing.assert_array_equal(logits_after(session, AFTER), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "npu"])  # that one here is no model
+def test_prompts_that_begin_alike_score_as_fresh_sessions_do(session_of, kind):
+    session = session_of(kind)
+    prompts = [(*BEFORE, *LONG, *end) for end in ((1, 2), (1, 3, 4, 5, 6, 7, 8, 9, 10, 11), (2,), ())]
+    visited = {stop.index: (stop.logits, loglikelihood(session, stop.logits, AFTER)[0])
+               for stop in visit(session, prompts)}
+    for index, (logits, score) in visited.items():
+        session.reset()
+        fresh = session.prefill(prompts[index])
+        np.testing.assert_allclose(logits, fresh, atol=(0.2 if kind == "mlx" else 0.02) * fresh.std())  # MLX: bfloat16
+        assert score == pytest.approx(loglikelihood(session, fresh, AFTER)[0], abs=0.5 if kind == "mlx" else 0.1)

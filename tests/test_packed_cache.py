@@ -10,6 +10,7 @@ import pytest
 
 from lfm_edge import cached, export
 from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.checkpoint import sources
 from lfm_edge.errors import BundleError
 from runtimes import onnxruntime as runtime
 from tests.helpers import lfm_edge, save_checkpoint
@@ -206,6 +207,14 @@ def test_the_cache_is_shown_and_cleared(bundle, cache, place):
     removed, _ = listed("--clear")
     assert removed["removed"] and not place.exists()
     assert listed()[0]["entries"] == [] and listed("--clear")[0]["bytes"] == 0
+
+
+def test_where_checkpoints_lie_is_neither_shown_nor_cleared(bundle, cache):
+    source = bundle.manifest.source_sha256
+    sources.remember(source, "somewhere")
+    result = lfm_edge("cache", "--clear", env={"XDG_CACHE_HOME": str(cache)})
+    assert result.returncode == 0 and source not in result.stdout
+    assert sources.place_of(source) == "somewhere"
 
 
 def test_what_another_process_is_making_stays(place):

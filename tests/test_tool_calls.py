@@ -89,7 +89,7 @@ def test_markers_are_content_without_a_chat_template_too(tmp_path):
 def test_a_stream_shows_the_markers_of_a_tool_call(tokenizer):
     session = Scripted(tokenizer, CALL)
 
-    assert "".join(text_pieces(tokenizer, generate(session, [1], max_tokens=100, stop=[7]))) == CALL
+    assert "".join(text_pieces(tokenizer.shown, generate(session, [1], max_tokens=100, stop=[7]))) == CALL
 
 
 def test_chat_shows_a_tool_call_and_keeps_it_so_that_the_next_turn_prefills_what_is_new_only(tokenizer):

@@ -202,10 +202,10 @@ def new_bundle(output: Path, force: bool) -> AbstractContextManager[Path]:
 
     force: replace the bundle that is there
     """
-    return new_directory(output, force, _is_bundle)
+    return new_directory(output, force, is_bundle)
 
 
-def _is_bundle(path: Path) -> bool:
+def is_bundle(path: Path) -> bool:
     """Whether a directory is one of ours, of any version; other programs have a manifest.json too."""
     try:
         return is_manifest_of_ours(read_json_object(path / MANIFEST, BundleError))

@@ -132,9 +132,8 @@ def _prompts(target: Target, options: ExportOptions, needs_kv_scales: bool) -> t
     if options.calibration is None:
         return None
     if not (target.arithmetic.fixed_ranges or needs_kv_scales or options.rounding == GPTQ):
-        raise ExportError(f"--calibration {options.calibration}: {target.name} calibrates nothing here"
-                          + (" but with --kv-dtype int8 or --rounding gptq" if "int8" in target.arithmetic.kv_dtypes
-                             else "; give --rounding gptq"))
+        raise ExportError(f"--calibration {options.calibration}: {target.name} measures nothing on a text with these "
+                          "options; only --rounding gptq would, an int8 KV cache of onnx targets, and NPU targets")
     return read_prompts(Path(options.calibration))
 
 

@@ -346,9 +346,10 @@ def _refuse_adapters(directory: Path) -> None:
     of = f" of {base!r}" if isinstance(base, str) and base else ""
     if (directory / SINGLE_FILE).is_file() or (directory / INDEX).is_file():
         raise CheckpointError(f"{directory}: holds a model and an adapter{of}; if the adapter is merged into the model "
-                              "already, remove the adapter's files, otherwise merge it first (README, Checkpoints)")
+                              "already, remove the adapter's files, otherwise merge it first "
+                              "(docs/guides/fine-tunes.md)")
     raise CheckpointError(f"{directory}: holds an adapter{of} and no model; merge the two with peft's merge_and_unload "
-                          "and give the result (README, Checkpoints)")
+                          "and give the result (docs/guides/fine-tunes.md)")
 
 
 _GGUF_HINT = "; a GGUF file is made from one: give the directory that this file was converted from"
@@ -382,13 +383,13 @@ _PREFIXES = {
 def _kind_of_names(names: list[str]) -> str:
     """What these tensors are that are not the model's, and what to do, where it is known."""
     if any(".lora_" in name or ".base_layer." in name for name in names):
-        return "holds an adapter that is not merged; merge it with peft's merge_and_unload (README, Checkpoints)"
+        return "holds an adapter that is not merged; merge it with peft's merge_and_unload (docs/guides/fine-tunes.md)"
     if any(name.endswith(_QUANTIZED_NAMES) for name in names):
         return _QUANTIZED_HINT
     for prefix, meaning in _PREFIXES.items():
         if any(name.startswith(prefix) for name in names):
             return (f"the names of its tensors begin with '{prefix}' ({meaning}), and should with 'model.'; or rename "
-                    "them (README, Checkpoints)")
+                    "them (docs/guides/fine-tunes.md)")
     return ""
 
 

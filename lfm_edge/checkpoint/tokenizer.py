@@ -229,6 +229,14 @@ class TextTokenizer:
             self._respelled = {stand_ins.mark: respelled(self.backend, self.control, stand_ins.mark)}
         return stand_ins.encode(text, self._respelled[stand_ins.mark])
 
+    def chat_text(self, messages: Sequence[Message], *, answer: bool = True,
+                  options: Mapping[str, Any] | None = None) -> str:
+        """What the chat template makes of a conversation, as text. Raises as `chat` does.
+
+        In it nothing tells a control token of the template's from one that a message spells: `chat` does.
+        """
+        return self._render(messages, answer=answer, options=options)
+
     def _covered(self, message: Message, stand_ins: StandIns) -> Message:
         """A message with stand-ins for what spells control tokens and is none."""
         if not isinstance(message, dict):

@@ -42,6 +42,8 @@ def leading_lines(result: BenchResult) -> list[str]:
         verdict = "" if bench.peer else "PASSED  " if bench.within_budget else "FAILED  "
         its = f", {threads_line(bench.threads)}" if len({other.threads for other in result.benchmarks}) > 1 else ""
         budget = "" if bench.peer else f" (budget {megabytes(bench.budget_bytes)})"
+        if not bench.peer and bench.peak_bytes <= bench.budget_bytes < bench.full_context_bytes:
+            budget = f", {megabytes(bench.full_context_bytes)} with the context full{budget}"
         lines.append(f"{verdict}{bench.bundle}{its}: prefill {first.prefill_tps.median:,.1f} tok/s, decode "
                      f"{first.decode_tps.median:,.1f} tok/s, peak {megabytes(bench.peak_bytes)}{budget}")
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,10 @@ def _generate(session: Session, prompt: list[int], max_tokens: int, stop: Sequen
             session.prefill(given[len(session.tokens) - before:])
 
 
-def text_pieces(tokenizer: TextTokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens for people as it becomes final: a character whose bytes are not all there yet waits.
+def text_pieces(decode: Callable[[Sequence[int]], str], tokens: Iterator[int]) -> Iterator[str]:
+    """The text of tokens as it becomes final: a character whose bytes are not all there yet waits.
+
+    decode: how tokens become text, such as `TextTokenizer.shown` for people
 
     Only the last tokens are decoded for each new one: those since a character ended with a token, and those from there
     to the time before, on which their spelling may depend.
@@ -91,15 +93,15 @@ def text_pieces(tokenizer: TextTokenizer, tokens: Iterator[int]) -> Iterator[str
     begun = given = 0  # tokens of the window before its last end of a character; characters of its text already given
     for token in tokens:
         window.append(token)
-        text = tokenizer.shown(window)
+        text = decode(window)
         ready = len(text.rstrip("\ufffd"))
         if ready > given:
             yield text[given:ready]
             given = ready
             if ready == len(text):
                 window = window[begun:]
-                begun, given = len(window), len(tokenizer.shown(window))
-    rest = tokenizer.shown(window)[given:]
+                begun, given = len(window), len(decode(window))
+    rest = decode(window)[given:]
     if rest:
         yield rest
 
@@ -206,7 +208,7 @@ class Chat:
 
         stream = generate(self.session, tokens[self.session.position:], max_tokens=max_tokens, stop=self.stop,
                           sampling=sampling, seed=seed, lookahead=lookahead)
-        yield from text_pieces(self.tokenizer, remember(stream))
+        yield from text_pieces(self.tokenizer.shown, remember(stream))
         self.messages = [*messages, self.tokenizer.message(said)]
 
     def _start(self) -> list[Message]:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ Logits = NDArray[np.float32]
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """Where a session was before a step, to go back to.
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """Where a session was, to go back to: all but the rows of its caches, which stay in the session.
 
-    tokens, count: its list of them, of which the first so many were taken by then; replaced: what the step overwrites;
+    tokens, count: its list of them, of which the first so many were taken by then; replaced: what steps overwrite;
     before: what `take_back` would have gone back to
     """
 
@@ -34,7 +35,7 @@ class _Mark:
     tokens: list[Taken]
     count: int
     replaced: Any
-    before: _Mark | None
+    before: Mark | None
 
 
 class Session(ABC):
@@ -75,8 +76,9 @@ class Session(ABC):
         self.origin: Origin | None = None
         self.state = [tensor.fresh() for tensor in self.held]
         self.broken = False
-        self._before: _Mark | None = None
+        self._before: Mark | None = None
         self._reached = 0  # rows of the caches that may have been written
+        self._marks: WeakSet[Mark] = WeakSet()  # those that `rewind` takes
 
     @abstractmethod
     def _step(self, tokens: list[int]) -> Logits:
@@ -177,6 +179,29 @@ class Session(ABC):
 
         self._change(back, mark=self._mark(None))
 
+    def mark(self) -> Mark:
+        """Where the session is, for `rewind`. Raises LfmEdgeError where the program keeps some of the state.
+
+        Much cheaper than a snapshot, as cache rows stay where they are: it copies the conv state, and windows of
+        sliding-window layers.
+        """
+        self._check_whole()
+        self._check_holds_all("go back")
+        mark = replace(self._mark(None), before=None)
+        self._marks.add(mark)
+        return mark
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to a mark, as often as wanted.
+
+        Raises LfmEdgeError for one of another session, and where this one has been at an earlier position since.
+        """
+        self._check_whole()
+        if mark not in self._marks:
+            raise LfmEdgeError("the session has no such mark: it is another session's, or this one has gone back to "
+                               "before it")
+        self._change(lambda: self._go_back(mark), mark=self._mark(None))
+
     def snapshot(self) -> Snapshot:
         """A copy of the state, to go back to. Raises LfmEdgeError where the program keeps some of it."""
         self._check_whole()
@@ -250,11 +275,12 @@ class Session(ABC):
         def go() -> None:
             if position > self.position:
                 self._repeat_rows(position)
+            self._forget_marks(after=position)
             self.position, self._before = position, None
 
         self._change(go, most=max(position - self.position, 0), mark=self._mark(None))
 
-    def _change(self, change: Callable[[], Result], most: int = 0, mark: _Mark | None = None) -> Result:
+    def _change(self, change: Callable[[], Result], most: int = 0, mark: Mark | None = None) -> Result:
         """Do what changes the session from its position on: wholly, or not at all, however it ends.
 
         most: rows of the caches that it may write past the position; mark: made just before, where there is one
@@ -281,18 +307,25 @@ class Session(ABC):
         change()
         self.broken = False
 
-    def _mark(self, most: int | None) -> _Mark:
-        return _Mark(self.position, self.tokens, len(self.tokens), self._replaced(most), self._before)
+    def _mark(self, most: int | None) -> Mark:
+        return Mark(self.position, self.tokens, len(self.tokens), self._replaced(most), self._before)
 
-    def _go_back(self, mark: _Mark) -> None:
+    def _go_back(self, mark: Mark) -> None:
         """Be again where the session was. Raises LfmEdgeError where the runtime cannot."""
+        self._forget_marks(after=mark.position)
         self.position, self.tokens, self._before = mark.position, mark.tokens[:mark.count], mark.before
         self._replace(mark.replaced)
 
     def _stand(self, position: int, tokens: list[Taken]) -> None:
         """Where the state that is there now is of."""
+        self._forget_marks(after=0)
         self.position, self.tokens, self._before = position, tokens, None
         self._reached = max(self._reached, position)
+
+    def _forget_marks(self, after: int) -> None:
+        """Rows past a position that the session goes to are overwritten from now on."""
+        for mark in [mark for mark in self._marks if mark.position > after]:
+            self._marks.discard(mark)
 
     def _take(self, tokens: Sequence[Taken]) -> None:
         """Count what a step has taken."""

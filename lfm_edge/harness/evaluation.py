@@ -1,0 +1,269 @@
+"""Models side by side on the tasks of lm-evaluation-harness: what quantization costs in the eyes of somebody else."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lfm_edge.bundle.bundle import is_bundle
+from lfm_edge.bundle.manifest import Manifest
+from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.errors import LfmEdgeError, one_line
+from lfm_edge.harness.host import provenance
+from lfm_edge.progress import Progress
+
+SCHEMA = "lfm-edge/eval/1"
+FLOAT = "float32"
+_RESAMPLES = 1000  # of lm-eval's bootstrap, for metrics that are no means
+_SEED = 1234  # lm-eval's own, for the choice of few-shot examples
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every model is asked, and how.
+
+    tasks: by lm-eval's names; folder: where tasks of your own are, as YAML files
+    limit: only so many documents of each task; few_shot: examples in each prompt, None as each task has it
+    raw: prompts as the task writes them, without the chat template; system: a system prompt; options: switches of the
+        chat template; think_end_token: what a thinking model's thoughts end with
+    context: most tokens of a prompt with its answer, the same for all models
+    max_drop: the most that a metric may lose to the first model, None for any
+    """
+
+    tasks: tuple[str, ...]
+    folder: str | None = None
+    limit: int | None = None
+    few_shot: int | None = None
+    raw: bool = False
+    system: str | None = None
+    options: Mapping[str, Any] | None = None
+    think_end_token: str | None = None
+    context: int | None = None
+    threads: int | None = None
+    max_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task. each: of every document, where the metric is their mean"""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    documents: int
+    higher_is_better: bool
+    each: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one model scored.
+
+    computed: what ran, a target's name or float32; templated: whether prompts went through the chat template
+    prompt_tokens, prefilled_tokens: of all prompts, and those of them that no earlier prompt had begun with
+    """
+
+    model: str
+    computed: str
+    templated: bool
+    scores: tuple[Score, ...]
+    prompt_tokens: int
+    prefilled_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric against that of the first model.
+
+    change: value less the first one's; stderr: of that, from the documents' own differences, None where unknown
+    better, worse: documents that score better and worse than with the first model, None where unknown
+    passed: whether it lost no more than it may
+    """
+
+    model: str
+    task: str
+    metric: str
+    change: float
+    stderr: float | None
+    better: int | None
+    worse: int | None
+    passed: bool
+
+    @classmethod
+    def of(cls, model: str, base: Score, score: Score, max_drop: float | None) -> Change:
+        """Documents are paired: both models saw the same ones, so the difference is far surer than the two values."""
+        change = score.value - base.value
+        gain = change if score.higher_is_better else -change
+        passed = max_drop is None or gain >= -max_drop - 1e-9
+        if base.each is None or score.each is None:
+            return cls(model, score.task, score.metric, change, None, None, None, passed)
+        each = np.subtract(score.each, base.each)
+        stderr = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
+        gains = each if score.higher_is_better else -each
+        return cls(model, score.task, score.metric, change, stderr, int((gains > 0).sum()), int((gains < 0).sum()),
+                   passed)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Models on the same tasks; the first is what the others are compared with."""
+
+    settings: Settings
+    models: tuple[Evaluated, ...]
+
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        base, *others = self.models
+        of_base = {(score.task, score.metric): score for score in base.scores}
+        return tuple(Change.of(other.model, of_base[score.task, score.metric], score, self.settings.max_drop)
+                     for other in others for score in other.scores if (score.task, score.metric) in of_base)
+
+    @property
+    def passed(self) -> bool:
+        return all(change.passed for change in self.changes)
+
+    def to_dict(self, command: str = "") -> dict[str, Any]:
+        """For JSON, by the schema of docs/guides/evaluation.md. command: that made it"""
+        models = [{**asdict(model), "scores": [{key: value for key, value in asdict(score).items() if key != "each"}
+                                               for score in model.scores]} for model in self.models]
+        return {**provenance(SCHEMA, command), "passed": self.passed, "settings": asdict(self.settings),
+                "models": models, "changes": [asdict(change) for change in self.changes]}
+
+
+def evaluate(models: Sequence[str | Path], settings: Settings, *, progress: Progress | None = None) -> Evaluation:
+    """Put the same tasks to each model: a bundle directory, or a checkpoint, which is computed in float32.
+
+    Raises LfmEdgeError where lm-eval is not installed, a task is unknown or its documents cannot be had, and where a
+    model cannot be opened or cannot do what a task asks.
+    """
+    lm_eval = _installed()
+    progress = progress or Progress()
+    if not settings.tasks:
+        raise LfmEdgeError("no task was given")
+    for model in models:
+        if not is_bundle(Path(model)):
+            open_checkpoint(model)  # what is not there is said before anything is evaluated
+    contexts = [Manifest.read(Path(model)).state.context for model in models if is_bundle(Path(model))]
+    context = settings.context or min(contexts, default=None)
+    _silence()
+    progress.stage("load the tasks")
+    loaded = _load_tasks(settings)
+    names = _unlike([str(model) for model in models])
+    evaluated = []
+    for model, name in zip(map(str, models), names, strict=True):
+        progress.stage(f"evaluate {name}")
+        start = time.monotonic()
+        subject = lm_eval.EdgeLM(model, context=context, threads=settings.threads,
+                                 think_end_token=settings.think_end_token, template_options=settings.options)
+        templated = not settings.raw and subject.tokenizer.template is not None
+        if settings.system is not None and not templated:
+            raise LfmEdgeError(f"--system: {model} is asked without a chat template, which has no place for it")
+        found = _run(subject, loaded, settings, templated)
+        computed = Manifest.read(Path(model)).target if is_bundle(Path(model)) else FLOAT
+        evaluated.append(Evaluated(name, computed, templated, tuple(_scores(found, settings.tasks)),
+                                   subject.prompt_tokens, subject.prefilled_tokens, time.monotonic() - start))
+    return Evaluation(settings, tuple(evaluated))
+
+
+def _installed() -> Any:
+    try:
+        from lfm_edge.harness import lm_eval
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lfm_edge"):
+            raise
+        raise LfmEdgeError("eval: needs lm-evaluation-harness: pip install 'lfm-edge[eval]'") from None
+    return lm_eval
+
+
+def _silence() -> None:
+    """lm-eval tells what it does line by line; what matters of it is raised or shown."""
+    for name in ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _load_tasks(settings: Settings) -> Any:
+    """Tasks with their documents, as lm-eval has them."""
+    from lm_eval.tasks import TaskManager
+
+    if settings.folder is not None and not Path(settings.folder).is_dir():
+        raise LfmEdgeError(f"{settings.folder}: no such folder of tasks")
+    own = TaskManager(include_path=settings.folder, include_defaults=False) if settings.folder else None
+    manager = own if own and own.all_tasks and set(settings.tasks) <= set(own.all_tasks) else TaskManager(
+        include_path=settings.folder)  # which reads some ten thousand files
+    for name in settings.tasks:
+        if name not in manager.all_tasks:
+            raise LfmEdgeError(f"{name}: no such task; `lm-eval ls tasks` lists them"
+                               + (f", and those of {settings.folder} are known as well" if settings.folder else ""))
+    try:
+        loaded = manager.load(list(settings.tasks))
+    except Exception as error:  # documents come through a library that raises anything
+        raise LfmEdgeError(f"{', '.join(settings.tasks)}: the documents cannot be loaded "
+                           f"({one_line(str(error)) or type(error).__name__})") from None
+    for task in loaded["tasks"].values():
+        few_shot = task.get_config("num_fewshot")
+        task.set_config(key="num_fewshot", value=few_shot if settings.few_shot is None else settings.few_shot)
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+    return loaded
+
+
+def _run(subject: Any, loaded: Any, settings: Settings, templated: bool) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate as run
+
+    return run(lm=subject, task_dict=loaded, limit=settings.limit, bootstrap_iters=_RESAMPLES, log_samples=True,
+               system_instruction=settings.system, apply_chat_template=templated, fewshot_as_multiturn=templated)
+
+
+def _scores(found: dict[str, Any], wanted: Sequence[str]) -> Iterator[Score]:
+    """The metrics of the tasks that were asked for; of a group as a whole, and not of its parts."""
+    parts = _parts_of(found.get("group_subtasks", {}), wanted, found["results"])
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items() if task not in parts else ():
+            name, comma, filtered = key.partition(",")
+            if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = metrics.get(f"{name}_stderr,{filtered}")
+            each = _each(found["samples"].get(task, ()), name, filtered, float(value))
+            better = found["higher_is_better"].get(task, {}).get(name)
+            yield Score(task, name if filtered == "none" else f"{name}, {filtered}", float(value),
+                        float(stderr) if isinstance(stderr, (int, float)) else None,
+                        int(metrics.get("sample_len", 0)) or len(each or ()), better is not False, each)
+
+
+def _parts_of(groups: Mapping[str, Sequence[str]], wanted: Sequence[str], results: Mapping[str, Any]) -> set[str]:
+    """All that is in a group which was asked for and has metrics of its own."""
+    parts: set[str] = set()
+    waiting = [group for group in wanted if group in groups and any("," in key for key in results.get(group, ()))]
+    while waiting:
+        for part in groups.get(waiting.pop(), ()):
+            if part not in parts:
+                parts.add(part)
+                waiting.append(part)
+    return parts
+
+
+def _each(samples: Sequence[Mapping[str, Any]], metric: str, filtered: str, mean: float) -> tuple[float, ...] | None:
+    """The metric of every document in order, where it is a number whose mean is the task's."""
+    rows = sorted((sample for sample in samples if sample["filter"] == filtered), key=lambda sample: sample["doc_id"])
+    values = [sample.get(metric) for sample in rows]
+    if not values or not all(isinstance(value, (int, float, np.floating)) for value in values):
+        return None
+    each = tuple(float(value) for value in values)
+    return each if math.isclose(math.fsum(each) / len(each), mean, abs_tol=1e-9) else None
+
+
+def _unlike(models: Sequence[str]) -> list[str]:
+    """The last parts of paths, as short as tells them apart."""
+    short = [Path(model).name or model for model in models]
+    return short if len(set(short)) == len(short) else list(models)
