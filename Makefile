@@ -13,7 +13,7 @@ BUNDLE = $(OUT)/$(subst :,-,$(notdir $(patsubst %/,%,$(MODEL:%/checkpoint=%))))-
 # Test files side by side: exporting is mostly Python, on one core. A worker takes 2 to 4 GB.
 PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST_OPTIONS)
 
-.PHONY: demo figures test test-heavy lint wheel train-tiny clean
+.PHONY: demo figures test test-heavy lint docs wheel train-tiny clean
 
 # llama.cpp is compiled when it is installed, in some ten minutes: only for the target that it runs.
 demo: $(VENV)/.installed $(if $(filter gguf-%,$(TARGET)),$(VENV)/.installed-llamacpp)  ## export MODEL to TARGET, verify it, let it answer, measure it
@@ -22,7 +22,7 @@ demo: $(VENV)/.installed $(if $(filter gguf-%,$(TARGET)),$(VENV)/.installed-llam
 	$(BIN)/python examples/python/ask.py $(BUNDLE)
 	$(BIN)/lfm-edge bench $(BUNDLE)
 
-figures: $(VENV)/.installed  ## measure MODEL on every target that runs here: a report, and the table in README.md
+figures: $(VENV)/.installed  ## measure MODEL on every target that runs here: a report, and the table in docs/internals/measurements.md
 	$(BIN)/python examples/python/figures.py $(MODEL)
 
 test: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the tests, without the heavy ones
@@ -34,6 +34,10 @@ test-heavy: $(VENV)/.installed-dev $(NODE_MODULES)/.installed  ## the heavy ones
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache --no-logo
+
+docs: $(VENV)/.installed-dev  ## the parts of docs/ that are made: the command line from --help, the README's terminal
+	PYTHONPATH=. $(BIN)/python docs/command_line.py
+	PYTHONPATH=. $(BIN)/python docs/terminal.py
 
 wheel: $(VENV)/.installed-dev  ## the package as a wheel in dist/, and whether it runs from there
 	rm -rf dist build/wheel

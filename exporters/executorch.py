@@ -2,7 +2,7 @@
 
 The network is traced once, over a dynamic number of tokens: prefill and decode are one method and share
 their packed weights. The lowering below writes every piece in the terms that XNNPACK's partitioner takes,
-so that whatever stands between two attention kernels is one delegate (docs/executorch.md tells which).
+so that whatever stands between two attention kernels is one delegate (docs/internals/executorch.md tells which).
 """
 
 from __future__ import annotations

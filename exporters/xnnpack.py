@@ -59,8 +59,8 @@ def _few_retraces() -> Iterator[None]:
 
     Lowering is tracing: every pass runs the graph anew over symbolic shapes. `to_edge` has five passes that look at an
     operator at a time, and XNNPACK runs 17 over each delegate, of which most look for batch norms, upsampling and the
-    like. There is no option for either, so both lists are replaced while we lower (docs/performance.md: the program is
-    the same byte for byte).
+    like. There is no option for either, so both lists are replaced while we lower: the program is the same byte for
+    byte (docs/internals/executorch.md).
     """
     def edge_passes(_: EdgeCompileConfig) -> tuple[list, list]:
         before = [ReplaceSymSizeOpPass(), _EdgePasses(), RemoveNoopPass(), RemoveToCopyPass()]

@@ -4,7 +4,7 @@
     bundle = export("LiquidAI/LFM2.5-1.2B-Instruct", target="android-q4", output="out")
     session = open_bundle("out").session(threads=2)
 
-`Chat` and `generate` answer over a session, by a `Sampling` (docs/sessions.md).
+`Chat` and `generate` answer over a session, by a `Sampling` (docs/reference/python.md).
 """
 
 from typing import TYPE_CHECKING, Any

@@ -185,7 +185,7 @@ def _missing(packages: tuple[str, ...]) -> list[str]:
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (
     Runtime("executorch", ("executorch",), "executorch", "ExecuTorch", ("Android", "iOS", "Linux"), ".pte",
             Footprint(8_000_000, tied_in_file=2, tied_in_memory=2, forgets_table=True)),
-    # MLAS on x86-64 adds a float32 sum to the float32 scale of each group (docs/onnx.md).
+    # MLAS on x86-64 adds a float32 sum to the float32 scale of each group (docs/internals/onnx.md).
     Runtime("onnxruntime", ("onnxruntime",), "onnx", "ONNX Runtime", ("Android", "iOS", "desktop", "web"), ".onnx",
             Footprint(17_000_000, scale_bytes=4, packed_bytes=4, tied_in_memory=2, forgets_table=True)),
     Runtime("coreml", ("coremltools",), "coreml", "Core ML", ("iOS", "macOS"), ".mlpackage", measured_on=("darwin",),
@@ -203,7 +203,7 @@ RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (
 # the logits' spread where it tips no activation over a rounding boundary, and 1e-3 is far above that. Where it
 # does, the next layer tips more, and the error is that of the model's own 8-bit noise: the floor, which is a
 # maximum over few positions, and which draws of the same noise were seen to miss by up to twice. Three times
-# it leaves room for that (docs/verification.md). The median stays at 1e-6 where only some positions tip, and a
+# it leaves room for that (docs/internals/noise-floor.md). The median stays at 1e-6 where only some positions tip, and a
 # wrong position or mask moves all of them. Weights are compared bit for bit besides.
 _XNNPACK_PARITY = {"logit_error": 1e-3, "typical_error": 1e-4, "kl_divergence": 1e-6, "noise_factor": 3.0}
 
@@ -242,7 +242,7 @@ _COREML = {
     "state_layout": _APPLE_LAYOUT, "state_modes": (EXPLICIT, INTERNAL), "artifact": "model.mlpackage",
 }
 
-# The NPU computes in integers of 16 bits whose scales were fixed beforehand; see docs/npu.md for what that costs.
+# The NPU computes in integers of 16 bits whose scales were fixed beforehand; docs/internals/npu.md has what that costs.
 _NPU_PARITY = {"logit_error": 0.09, "typical_error": 0.03, "kl_divergence": 1e-3, "noise_factor": 3.0}
 
 _NPU = {
@@ -254,7 +254,7 @@ _NPU = {
 
 # The reference rounds activations as ggml's kernels do, and what is said above holds here too where attention is in
 # float32: 6e-7 of the spread where nothing tips. Fused attention, the default, computes in float16; its roundings tip
-# activations everywhere, and the floor, disturbed as much, decides (docs/gguf.md).
+# activations everywhere, and the floor, disturbed as much, decides (docs/internals/gguf.md).
 _GGUF_PARITY = _XNNPACK_PARITY
 
 _GGUF = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -202,6 +203,14 @@ def manifest_of(config: ModelConfig, target: str, artifact: str | None = None, *
                       row.arithmetic.two_level),
         state=chosen.state_spec(config, row.state_layout), state_layout=row.state_layout, source="made by a test",
         source_sha256="0" * 64, licence="none", weights_sha256="0" * 64, versions={})
+
+
+def code_of(page: str, language: str, containing: str) -> str:
+    """The one block of code of a page below docs/ that contains this."""
+    text = (REPO / "docs" / page).read_text()
+    blocks = re.findall(rf"^```{language}\b[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    found, = (block for block in blocks if containing in block)
+    return found
 
 
 def example(name: str) -> ModuleType:

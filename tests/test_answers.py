@@ -16,7 +16,7 @@ from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.session.generation import text_pieces
-from tests.helpers import REPO, TINY, in_process, lfm_edge
+from tests.helpers import REPO, TINY, code_of, in_process, lfm_edge
 
 SWITCH = ("{%- if enable_thinking is defined and enable_thinking -%}{{- '<think>' -}}{%- endif -%}"
           "{%- if style == 'short' -%}{{- 'brief' -}}{%- endif -%}")
@@ -269,7 +269,7 @@ def test_what_answers_take_is_reached_from_the_package(tiny_bundle):
 
 
 def test_the_program_in_the_docs_runs(tiny_bundle, tmp_path):
-    program = (REPO / "docs/sessions.md").read_text().split("In Python:\n\n```python\n")[1].split("```")[0]
+    program = code_of("reference/python.md", "python", "from lfm_edge import Chat, Sampling")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/tiny-model-android-q4").symlink_to(tiny_bundle.directory)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +42,7 @@ from tests.client_helpers import (
     output_of,
     tasks,
 )
-from tests.helpers import ALL_AT_ONCE, AWKWARD, REPO, TINY, assert_verified, save_checkpoint
+from tests.helpers import ALL_AT_ONCE, AWKWARD, TINY, assert_verified, code_of, save_checkpoint
 
 # bits of the linear layers, columns that share a scale, bits of embedding and head
 RECIPES = [(4, 32, 8), (4, 64, 8), (4, 128, 8), (4, 32, 4), (8, 32, 8)]
@@ -160,7 +159,7 @@ def test_what_does_not_fit_the_format_is_refused():
 
 
 def test_what_llama_cpp_packs_anew_is_last_in_the_file(bundle):
-    """So a client that maps the file can give the rest of it up (docs/gguf.md)."""
+    """So a client that maps the file can give the rest of it up (docs/internals/gguf.md)."""
     kinds = [tensor.tensor_type.name for tensor in sorted(gguf.GGUFReader(bundle.artifact).tensors,
                                                           key=lambda tensor: tensor.data_offset)]
     first = kinds.index("Q4_0")
@@ -272,7 +271,7 @@ def test_an_awkward_model_gets_the_same_answers_in_the_plain_client(awkward_bund
 
 
 def test_the_python_of_the_docs_answers_right(bundle):
-    program = re.search(r"^```python$(.*?)^```", (REPO / "docs/gguf.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    program = code_of("guides/desktop.md", "python", "from llama_cpp")
     program = program.replace("out/tiny-model-gguf-q4/model.gguf", str(bundle.artifact))
     assert output_of([sys.executable, "-c", program]) == "42\n"
 
@@ -281,7 +280,7 @@ def test_the_python_of_the_docs_answers_right(bundle):
 def test_the_c_plus_plus_of_the_docs_gives_the_same_answer(bundle, tmp_path):
     """Compiled against the headers and the library of the package."""
     package = Path(llama_cpp.__file__).parent
-    source = re.search(r"^```cpp$(.*?)^```", (REPO / "docs/gguf.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    source = code_of("guides/desktop.md", "cpp", '#include "llama.h"')
     (tmp_path / "ask.cpp").write_text(source)
     subprocess.run(["c++", "-std=c++17", tmp_path / "ask.cpp", "-o", tmp_path / "ask",
                     f"-I{package.parent / 'include'}", f"-L{package / 'lib'}", "-lllama",

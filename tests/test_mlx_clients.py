@@ -23,7 +23,7 @@ from tests.client_helpers import (
     output_of,
     tasks,
 )
-from tests.helpers import ALL_AT_ONCE, AWKWARD, REPO, TINY, save_checkpoint
+from tests.helpers import ALL_AT_ONCE, AWKWARD, REPO, TINY, code_of, save_checkpoint
 
 MLX = Path(mx.__file__).parent
 
@@ -107,7 +107,7 @@ def test_the_c_plus_plus_of_the_docs_gives_the_same_answers(bundle, tmp_path):
                        f"{str(tensor.update == 'append').lower()}}}" for tensor in manifest.state.tensors)
     (tmp_path / "main.cpp").write_text(f"""
         #include <iostream>
-        {re.search(r"^```cpp$(.*?)^```", (REPO / "docs/mlx.md").read_text(), re.DOTALL | re.MULTILINE)[1]}
+        {code_of("guides/desktop.md", "cpp", '#include "mlx/mlx.h"')}
         int main() {{
           Session session("{bundle.directory}", {{{layout}}}, {manifest.options.prefill_chunk});
           int token = session.prefill({{{', '.join(map(str, prompt))}}});

@@ -24,7 +24,7 @@ def manifest(target="android-q4", config=CONFIG, **options):
 @pytest.mark.parametrize(("target", "artifact", "filled", "measured"), [
     ("android-q4", 854.5, 576, 787), ("android-q8", 1309.4, 576, 1242)])
 def test_predictions_are_near_what_was_measured(target, artifact, filled, measured):
-    """Artifact and peak as measured at 1.2B (docs/performance.md); both in MB."""
+    """Artifact and peak as measured at 1.2B (docs/internals/measurements.md); both in MB."""
     predicted = predict(manifest(target), round(artifact * MB), filled).total / MB
     assert predicted == pytest.approx(measured, rel=0.05)
 

@@ -577,7 +577,7 @@ def figures():
     return example("figures")
 
 
-def test_the_readmes_figures_are_replaced_between_their_markers(figures, results, tmp_path):
+def test_the_page_s_figures_are_replaced_between_their_markers(figures, results, tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps(results["bench"]))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{figures.START}\nold\n{figures.END}\nafter\n")
@@ -589,14 +589,15 @@ def test_the_readmes_figures_are_replaced_between_their_markers(figures, results
     assert f"{results['bench']['benchmarks'][1]['peak_bytes'] / 1e6:,.1f} MB" in readme.read_text()
 
 
-def test_a_readme_without_markers_is_left_alone(figures, tmp_path):
+def test_a_page_without_markers_is_left_alone(figures, tmp_path):
     (tmp_path / "README.md").write_text("text")
     with pytest.raises(LfmEdgeError, match="expected <!-- figures:start -->"):
         figures.replace_figures(tmp_path / "README.md", "figures")
     assert (tmp_path / "README.md").read_text() == "text"
 
 
-def test_the_readme_has_measured_figures(figures):
-    block = re.search(f"{figures.START}(.*){figures.END}", (REPO / "README.md").read_text(), flags=re.DOTALL)[1]
+def test_the_page_has_measured_figures(figures):
+    page = (REPO / "docs/internals/measurements.md").read_text()
+    block = re.search(f"{figures.START}(.*){figures.END}", page, flags=re.DOTALL)[1]
     assert "`make figures" in block and re.search(r"\d\d\d\d-\d\d-\d\d", block)
     assert block.count("✅ within") >= 4 and "FAILED" not in block

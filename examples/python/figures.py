@@ -1,9 +1,9 @@
-"""Export, verify and measure one model on every target, and put the figures into the README.
+"""Export, verify and measure one model on every target, and put the figures into docs/internals/measurements.md.
 
     python examples/python/figures.py [MODEL]
 
 Exports a bundle of each target whose backend is installed, verifies each, benches in turns those whose speed means
-something on this machine, and writes results, bundles and the report under `out/figures/`. The table in the README is
+something on this machine, and writes results, bundles and the report under `out/figures/`. The table of that page is
 replaced by the measured one. `make figures` runs this. NPU bundles are verified on the simulator, which takes minutes
 for the small model and would take hours for another: they are left out then.
 """
@@ -58,7 +58,7 @@ def measure(model, directory):
 
 
 def figures(model, results):
-    """The README's text between the markers."""
+    """The page's text between the markers."""
     read = read_results(results)
     origin = read[-1].provenance
     host = f"{plain(origin.host.cpu)}, {origin.host.cores} cores, {plain(origin.host.system.split()[-1])}"
@@ -81,7 +81,7 @@ def main(model=TINY):
     directory = Path("out/figures") / stem
     directory.mkdir(parents=True, exist_ok=True)
     results, failed = measure(model, directory)
-    replace_figures(ROOT / "README.md", figures(model, results))
+    replace_figures(ROOT / "docs/internals/measurements.md", figures(model, results))
     sys.exit(failed)
 
 

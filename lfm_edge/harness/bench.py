@@ -329,7 +329,7 @@ class BenchResult:
         return [result for result in self.benchmarks if result.peer is None]
 
     def to_dict(self, command: str = "") -> dict[str, Any]:
-        """For JSON, by the schema of docs/benchmarks.md. command: that made it"""
+        """For JSON, by the schema of docs/reference/bench.md. command: that made it"""
         return {
             **provenance(SCHEMA, command), "passed": self.passed, "settings": asdict(self.settings),
             "read_bandwidth": {str(threads): asdict(rate) for threads, rate in self.read_bandwidth.items()},

@@ -79,7 +79,7 @@ class Sensitivity:
     costs: list[Cost]
 
     def to_dict(self, command: str = "", chosen: Whole | None = None, bits: MixedBits | None = None) -> dict[str, Any]:
-        """For JSON, by the schema of docs/quantization.md.
+        """For JSON, by the schema of docs/internals/quantizer.md.
 
         command: that made it; chosen, bits: a choice of bits, where one was made, and what it takes and costs
         """

@@ -107,7 +107,7 @@ class Verification:
                 and all(task.passed for task in self.tasks))
 
     def to_dict(self, command: str = "") -> dict[str, Any]:
-        """For JSON, by the schema of docs/verification.md. command: that made it"""
+        """For JSON, by the schema of docs/reference/verify.md. command: that made it"""
         return {
             **provenance(SCHEMA, command), "passed": self.passed, "bundle": self.bundle, "target": self.target,
             "context": self.context, "artifact_bytes": self.artifact_bytes, "state_bytes": self.state_bytes,

@@ -98,7 +98,7 @@ def _side_by_side(work: Callable[[int], None], items: Sequence[int]) -> None:
     """Do work on each item, as many at once as torch has threads.
 
     Each with one thread: shared, an operation over so few numbers waits for its threads to wake up for longer than it
-    computes (docs/performance.md).
+    computes (docs/internals/measurements.md).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """A session in a file: what it has written of its state, the tokens it has taken, and what model they belong to.
 
 One safetensors file. Its tensors are those of the state by their names in the manifest, caches cut to the filled
-rows, and `tokens`, int32 [position]. Its metadata tells the rest (docs/sessions.md); the first entry is the SHA-256
-of the whole file, computed with zeros in its own place, so that any damage is found.
+rows, and `tokens`, int32 [position]. Its metadata tells the rest (docs/reference/state-and-sessions.md); the first
+entry is the SHA-256 of the whole file, computed with zeros in its own place, so that any damage is found.
 """
 
 from __future__ import annotations
