@@ -399,8 +399,9 @@ tensors of `manifest.json` in their order. It changes them in place and returns 
 `position` 0; add T after each step.
 
 - Python: `from lfm_edge import open_bundle; session = open_bundle(".").session()`
-- Android: `org.pytorch.executorch.Module.load("model.pte")`, keep the tensors, pass them to every `forward`
-- iOS: `Module(filePath:)` of the ExecuTorch package, likewise
+- Android: `org.pytorch.executorch.Module.load(path, Module.LOAD_MODE_MMAP)`, keep the tensors, pass them to every
+  `forward`; the default mode reads the whole file into memory
+- iOS: `Module(filePath:loadMode: .mmap)` of the ExecuTorch package, likewise
 
 The runtime needs the XNNPACK backend and the kernels `llama::` and `quantized_decomposed::`, which the stock
 LLM packages of ExecuTorch link.

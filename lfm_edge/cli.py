@@ -403,8 +403,8 @@ def evaluate(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="What bench, verify and sensitivity wrote with --json; of a "
-                                                       "directory, every *.json in it.", show_default=False)],
+    results: Annotated[list[Path], typer.Argument(help="What bench, verify, eval and sensitivity wrote with --json; of "
+                                                       "a directory, every *.json in it.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page: one HTML file that needs nothing else.")
                       ] = Path("report.html"),
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the checks as JUnit XML.",

@@ -195,6 +195,7 @@ def test_models_are_compared_with_the_first(tiny_bundle, folder, tmp_path):
     written = json.loads((tmp_path / "eval.json").read_text())
     assert written["schema"] == "lfm-edge/eval/1" and written["passed"]
     assert [model["computed"] for model in written["models"]] == ["float32", "android-q4"]
+    assert [model["model"] for model in written["models"]] == [str(TINY), str(tiny_bundle.directory)]
     assert [score["task"] for score in written["models"][0]["scores"]] == ["answers", "choices", "texts"]
     assert written["models"][1]["scores"][2]["value"] == pytest.approx(
         written["models"][0]["scores"][2]["value"] + written["changes"][2]["change"])
@@ -231,12 +232,12 @@ def test_what_cannot_be_evaluated_is_one_line(folder, arguments, said):
 def test_a_change_is_as_sure_as_its_documents_agree():
     base = Score("task", "acc", 0.5, None, 4, True, (1.0, 0.0, 1.0, 0.0))
     same, other = (Score("task", "acc", 0.5, None, 4, True, each) for each in ((1, 0, 1, 0), (0, 1, 1, 0)))
-    unchanged, changed = (Change.of("model", base, score, None) for score in (same, other))
+    unchanged, changed = (Change.of("model", base, score) for score in (same, other))
     assert (unchanged.stderr, unchanged.better, unchanged.worse) == (0.0, 0, 0)
     assert (changed.better, changed.worse) == (1, 1) and changed.stderr == pytest.approx(0.408, abs=1e-3)
     lower = Score("task", "bits", 2.0, None, 4, False, None)
-    assert Change.of("model", lower, Score("task", "bits", 2.3, None, 4, False, None), 0.2).passed is False
-    assert Change.of("model", lower, Score("task", "bits", 1.0, None, 4, False, None), 0.2).passed is True
+    assert not Change.of("model", lower, Score("task", "bits", 2.3, None, 4, False)).within(0.2)
+    assert Change.of("model", lower, Score("task", "bits", 1.0, None, 4, False)).within(0.2)
 
 
 @pytest.mark.heavy  # lm-eval reads its own ten thousand files of tasks first

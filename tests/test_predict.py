@@ -9,7 +9,7 @@ from lfm_edge.checkpoint.presets import PRESETS
 from lfm_edge.harness.predict import predict, remedies, stored_bytes
 from lfm_edge.harness.roofline import step_bytes
 from lfm_edge.quantization.recipe import Scheme
-from lfm_edge.targets import Footprint
+from lfm_edge.targets import RUNTIMES, Footprint
 from tests.helpers import manifest_of
 
 MB = 10**6
@@ -64,12 +64,23 @@ def test_every_single_remedy_that_suffices_is_named():
 
 
 def test_a_remedy_that_does_not_suffice_is_not_named():
-    assert remedies(manifest(), 4096, 90 * MB) == ["--context 384", "--head-bits 4"]  # an int8 cache saves 73 MB
-    assert remedies(manifest(), 576, 100 * MB) == ["--head-bits 4"]  # 576 positions have 14 MB
+    assert remedies(manifest(), 4096, 70 * MB) == ["--context 1216", "--kv-dtype int8"]  # a 4-bit head saves 59 MB
+    assert remedies(manifest(), 576, 50 * MB) == ["--head-bits 4"]  # 576 positions have 14 MB
 
 
 def test_remedies_are_combined_where_none_suffices():
-    assert remedies(manifest(), 4096, 190 * MB) == ["--head-bits 4 --context 1152", "--kv-dtype int8 --head-bits 4"]
+    assert remedies(manifest(), 4096, 110 * MB) == ["--head-bits 4 --context 1984", "--kv-dtype int8 --head-bits 4"]
+
+
+@pytest.mark.parametrize(("target", "in_file"), [("android-q4", 2), ("onnx-q4", 1)])
+def test_a_remedy_saves_what_the_prediction_says(target, in_file):
+    wide, narrow = manifest(target), manifest(target, head_bits=4)
+    tables = [stored_bytes((65536, 2048), one.recipe.head, RUNTIMES[one.runtime].footprint) for one in (wide, narrow)]
+    artifact = 850 * MB
+    saved = (predict(wide, artifact, 4096).total
+             - predict(narrow, artifact - in_file * (tables[0] - tables[1]), 4096).total)
+    assert "--head-bits 4" in remedies(wide, 4096, saved - MB)
+    assert "--head-bits 4" not in remedies(wide, 4096, saved + MB)
 
 
 def test_nothing_is_suggested_where_nothing_suffices():

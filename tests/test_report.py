@@ -18,6 +18,8 @@ from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.harness.bench import Settings, bench
 from lfm_edge.harness.devices import project
+from lfm_edge.harness.evaluation import Evaluated, Evaluation, Score
+from lfm_edge.harness.evaluation import Settings as EvalSettings
 from lfm_edge.harness.sensitivity import analyse
 from lfm_edge.harness.verify import verify
 from lfm_edge.report import charts, write_report
@@ -25,6 +27,15 @@ from lfm_edge.report.charts import Bar, Dot, Series, Value
 from tests.helpers import REPO, example, save_checkpoint
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>|`@team`\x00\ud800 [a](http://b)"
+
+
+def evaluated(bundle):
+    """Three documents of one task and a text, by a bundle and the model that it was made from."""
+    models = [Evaluated(name, computed, True, (Score("sums", "acc", sum(each) / 3, 0.3, 3, True, each),
+                                               Score("texts", "bits", bits, None, 1, False)), 90, 60, 1.5)
+              for name, computed, each, bits in (("model", "float32", (1.0, 1.0, 0.0), 2.0),
+                                                 (bundle, "android-q4", (1.0, 0.0, 0.0), 2.125))]
+    return Evaluation.of(EvalSettings(("sums", "texts"), max_drop=0.5), models)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,7 @@ def made(tmp_path_factory):
         speeds = bench([one, two], Settings((8, 16), 4, fills=(64,), threads=(1,), repeat=2))
     parts, bits, chosen = analyse(source, tokens=32, most_bytes=70_000)  # 50 kB at 4 bits, 89 kB at 8
     results = {"bench": speeds.to_dict("lfm-edge bench one two"), "verify": verify(one).to_dict("lfm-edge verify one"),
+               "eval": evaluated(str(one.directory)).to_dict("lfm-edge eval one"),
                "sensitivity": parts.to_dict("lfm-edge sensitivity", chosen, bits)}
     return json.loads(json.dumps(results))
 
@@ -156,6 +168,19 @@ def test_the_page_says_all_that_the_results_say(results, report):
     assert "no result of verify was given" in page.text  # of the second bundle
     assert "bench ran without --sustained" in page.text
     assert "fits the cache" in page.text
+
+
+def test_scores_of_tasks_are_on_the_page_and_a_drop_is_a_failure(results, report):
+    done = report(results["verify"], results["eval"])
+    assert done.code == 0 and done.page.sections == ["targets", "parity", "quality", "evaluation", "missing", "hosts"]
+    for shown in ("sums, acc", "0.667 \u00b10.300", "-0.333 \u00b10.333", "texts, bits", "+0.125", "may lose 0.5"):
+        assert shown in done.page.text + str(ElementTree.tostring(done.suites)), shown
+    names = {case.get("name") for case in done.suites.iter("testcase")}
+    assert {"sums: acc", "texts: bits"} <= names
+    results["eval"]["settings"]["max_drop"] = 0.2
+    done = report(results["eval"])
+    assert done.code == 1 and [name for _, name, _ in done.cases("failure")] == ["sums: acc"]
+    assert "**sums: acc**" in done.markdown
 
 
 def test_every_figure_has_the_command_that_makes_it_again(results, report):
@@ -479,7 +504,8 @@ def test_whatever_stands_in_a_result_is_refused_or_reported(made, tmp_path_facto
     page = Page((folder / "page.html").read_text())
     assert page.sections and all(svg.tag == "svg" for svg in page.svgs())
     coordinates = " ".join(re.findall(r' (?:d|x|y|width|transform|viewBox)="([^"]*)"', page.html))
-    assert coordinates and not re.search("nan|inf", coordinates)
+    assert coordinates or changed["schema"].startswith("lfm-edge/eval")  # which has no chart
+    assert not re.search("nan|inf", coordinates)
     ElementTree.parse(folder / "checks.xml")
 
 
@@ -558,7 +584,7 @@ def test_the_same_bundle_has_the_same_colour_and_mark_and_others_have_not():
 
 def test_every_result_says_where_it_comes_from(made):
     for name, raw in made.items():
-        assert raw["schema"] == f"lfm-edge/{name}/{1 if name == 'sensitivity' else 2}"
+        assert raw["schema"] == f"lfm-edge/{name}/{1 if name in ('sensitivity', 'eval') else 2}"
         assert raw["command"].startswith(f"lfm-edge {name}")
         assert raw["host"]["cpu"] and raw["versions"]["torch"] and re.match(r"\d{4}-\d\d-\d\dT", raw["made"])
 

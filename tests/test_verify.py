@@ -14,6 +14,7 @@ from lfm_edge.calibration.quantize import quantize_checkpoint
 from lfm_edge.checkpoint.checkpoint import RandomCheckpoint, open_checkpoint
 from lfm_edge.errors import BundleError
 from lfm_edge.harness import parity
+from lfm_edge.harness.quality import compare_tasks
 from lfm_edge.harness.verify import COARSE_DRAWS, NOISE_DRAWS, _quality_limit, verify
 from lfm_edge.quantization.recipe import recipe
 from lfm_edge.session.session import Session
@@ -263,3 +264,11 @@ def test_the_manifest_of_a_good_bundle_is_complete(tiny_bundle):
     assert {"model.pte", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
             "README.md", "tasks.json"} <= set(manifest.files)
     assert manifest.decoder.lowering["delegates"] >= 1
+
+
+@pytest.mark.parametrize("prompts, drop", [(20, 0.05), (50, 0.02), (40, 0.05)])
+def test_a_task_may_lose_just_what_it_may_lose(prompts, drop):
+    allowed = round(prompts * drop)
+    for lost, passed in ((allowed, True), (allowed + 1, False)):
+        task, = compare_tasks({"task": [True] * prompts}, {"task": [True] * (prompts - lost) + [False] * lost}, drop)
+        assert task.passed is passed

@@ -294,7 +294,7 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "*.safetensors", INDEX, "adapter_config.json", "LICENSE", "README.md", *TOKENIZER_FILES,
-              f"{MORE_TEMPLATES}/*.jinja"]
+              f"{MORE_TEMPLATES}/*.jinja", TASKS_FILE]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen unrelated types

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ class Settings:
     few_shot: int | None = None
     raw: bool = False
     system: str | None = None
-    options: Mapping[str, Any] | None = None
+    options: dict[str, Any] | None = None
     think_end_token: str | None = None
     context: int | None = None
     threads: int | None = None
@@ -53,7 +52,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task. each: of every document, where the metric is their mean"""
+    """One metric of one task. each: of every document, where the metric is their mean; not in the JSON"""
 
     task: str
     metric: str
@@ -61,14 +60,15 @@ class Score:
     stderr: float | None
     documents: int
     higher_is_better: bool
-    each: tuple[float, ...] | None
+    each: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Evaluated:
     """What one model scored.
 
-    computed: what ran, a target's name or float32; templated: whether prompts went through the chat template
+    model: as it was given; computed: what ran, a target's name or float32
+    templated: whether prompts went through the chat template
     prompt_tokens, prefilled_tokens: of all prompts, and those of them that no earlier prompt had begun with
     """
 
@@ -87,7 +87,6 @@ class Change:
 
     change: value less the first one's; stderr: of that, from the documents' own differences, None where unknown
     better, worse: documents that score better and worse than with the first model, None where unknown
-    passed: whether it lost no more than it may
     """
 
     model: str
@@ -97,21 +96,23 @@ class Change:
     stderr: float | None
     better: int | None
     worse: int | None
-    passed: bool
+    higher_is_better: bool
 
     @classmethod
-    def of(cls, model: str, base: Score, score: Score, max_drop: float | None) -> Change:
+    def of(cls, model: str, base: Score, score: Score) -> Change:
         """Documents are paired: both models saw the same ones, so the difference is far surer than the two values."""
         change = score.value - base.value
-        gain = change if score.higher_is_better else -change
-        passed = max_drop is None or gain >= -max_drop - 1e-9
         if base.each is None or score.each is None:
-            return cls(model, score.task, score.metric, change, None, None, None, passed)
+            return cls(model, score.task, score.metric, change, None, None, None, score.higher_is_better)
         each = np.subtract(score.each, base.each)
         stderr = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
         gains = each if score.higher_is_better else -each
         return cls(model, score.task, score.metric, change, stderr, int((gains > 0).sum()), int((gains < 0).sum()),
-                   passed)
+                   score.higher_is_better)
+
+    def within(self, max_drop: float | None) -> bool:
+        """Whether it lost no more than it may; None: whatever it lost."""
+        return max_drop is None or (self.change if self.higher_is_better else -self.change) >= -max_drop - 1e-9
 
 
 @dataclass(frozen=True)
@@ -120,24 +121,29 @@ class Evaluation:
 
     settings: Settings
     models: tuple[Evaluated, ...]
+    changes: tuple[Change, ...]
 
-    @cached_property
-    def changes(self) -> tuple[Change, ...]:
-        base, *others = self.models
+    @classmethod
+    def of(cls, settings: Settings, models: Sequence[Evaluated]) -> Evaluation:
+        """Compare them."""
+        base, *others = models
         of_base = {(score.task, score.metric): score for score in base.scores}
-        return tuple(Change.of(other.model, of_base[score.task, score.metric], score, self.settings.max_drop)
-                     for other in others for score in other.scores if (score.task, score.metric) in of_base)
+        return cls(settings, tuple(models), tuple(
+            Change.of(other.model, of_base[score.task, score.metric], score)
+            for other in others for score in other.scores if (score.task, score.metric) in of_base))
 
     @property
     def passed(self) -> bool:
-        return all(change.passed for change in self.changes)
+        """Whether no metric lost more than it may."""
+        return all(change.within(self.settings.max_drop) for change in self.changes)
 
     def to_dict(self, command: str = "") -> dict[str, Any]:
         """For JSON, by the schema of docs/guides/evaluation.md. command: that made it"""
         models = [{**asdict(model), "scores": [{key: value for key, value in asdict(score).items() if key != "each"}
                                                for score in model.scores]} for model in self.models]
         return {**provenance(SCHEMA, command), "passed": self.passed, "settings": asdict(self.settings),
-                "models": models, "changes": [asdict(change) for change in self.changes]}
+                "models": models, "changes": [{**asdict(change), "passed": change.within(self.settings.max_drop)}
+                                              for change in self.changes]}
 
 
 def evaluate(models: Sequence[str | Path], settings: Settings, *, progress: Progress | None = None) -> Evaluation:
@@ -158,10 +164,9 @@ def evaluate(models: Sequence[str | Path], settings: Settings, *, progress: Prog
     _silence()
     progress.stage("load the tasks")
     loaded = _load_tasks(settings)
-    names = _unlike([str(model) for model in models])
     evaluated = []
-    for model, name in zip(map(str, models), names, strict=True):
-        progress.stage(f"evaluate {name}")
+    for model in map(str, models):
+        progress.stage(f"evaluate {model}")
         start = time.monotonic()
         subject = lm_eval.EdgeLM(model, context=context, threads=settings.threads,
                                  think_end_token=settings.think_end_token, template_options=settings.options)
@@ -170,9 +175,9 @@ def evaluate(models: Sequence[str | Path], settings: Settings, *, progress: Prog
             raise LfmEdgeError(f"--system: {model} is asked without a chat template, which has no place for it")
         found = _run(subject, loaded, settings, templated)
         computed = Manifest.read(Path(model)).target if is_bundle(Path(model)) else FLOAT
-        evaluated.append(Evaluated(name, computed, templated, tuple(_scores(found, settings.tasks)),
+        evaluated.append(Evaluated(model, computed, templated, tuple(_scores(found, settings.tasks)),
                                    subject.prompt_tokens, subject.prefilled_tokens, time.monotonic() - start))
-    return Evaluation(settings, tuple(evaluated))
+    return Evaluation.of(settings, evaluated)
 
 
 def _installed() -> Any:
@@ -261,9 +266,3 @@ def _each(samples: Sequence[Mapping[str, Any]], metric: str, filtered: str, mean
         return None
     each = tuple(float(value) for value in values)
     return each if math.isclose(math.fsum(each) / len(each), mean, abs_tol=1e-9) else None
-
-
-def _unlike(models: Sequence[str]) -> list[str]:
-    """The last parts of paths, as short as tells them apart."""
-    short = [Path(model).name or model for model in models]
-    return short if len(set(short)) == len(short) else list(models)

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lfm_edge.harness.evaluation import Change, Evaluated, Evaluation, Score
 
 
 def evaluation_lines(result: Evaluation) -> Iterator[str]:
     """PASSED or FAILED where there was something to pass, the metrics, and how much of the prompts was computed."""
-    limit = result.settings.max_drop
+    names = _short([model.model for model in result.models])
+    base, limit = result.models[0], result.settings.max_drop
     if limit is not None:
-        failed = [change for change in result.changes if not change.passed]
+        failed = [change for change in result.changes if not change.within(limit)]
         yield (f"{'PASSED' if result.passed else 'FAILED'}  {len(result.changes) - len(failed)} of "
-               f"{len(result.changes)} metrics are at most {limit:g} worse than with {result.models[0].model}")
+               f"{len(result.changes)} metrics are at most {limit:g} worse than with {names[base.model]}")
         for change in failed:
-            yield f"  FAILED   {change.model}: {change.task}, {change.metric}: {change.change:+.3f}"
+            yield f"  FAILED   {names[change.model]}: {change.task}, {change.metric}: {change.change:+.3f}"
     changes = {(change.model, change.task, change.metric): change for change in result.changes}
-    width = max(len(_name(model)) for model in result.models)
-    for base in result.models[0].scores:
-        yield (f"{base.task}, {base.metric}{'' if base.higher_is_better else ' (less is better)'}, "
-               f"{base.documents:,} documents")
-        for model in result.models:
-            score = next((one for one in model.scores if (one.task, one.metric) == (base.task, base.metric)), None)
-            if score is not None:
-                line = f"  {_name(model):<{width}}  {_with_error(f'{score.value:.3f}', score)}"
-                yield line + _change(changes.get((model.model, base.task, base.metric)))
-    saved = [f"{model.model} {1 - model.prefilled_tokens / max(model.prompt_tokens, 1):.0%}" for model in result.models]
+    shown = [_titled(names[model.model], model) for model in result.models]
+    for score in base.scores:
+        yield (f"{score.task}, {score.metric}{'' if score.higher_is_better else ' (less is better)'}, "
+               f"{score.documents:,} documents")
+        for name, model in zip(shown, result.models, strict=True):
+            its = next((one for one in model.scores if (one.task, one.metric) == (score.task, score.metric)), None)
+            if its is not None:
+                line = f"  {name:<{max(map(len, shown))}}  {_with_error(f'{its.value:.3f}', its)}"
+                yield line + _change(changes.get((model.model, score.task, score.metric)))
+    saved = [f"{names[model.model]} {1 - model.prefilled_tokens / max(model.prompt_tokens, 1):.0%}"
+             for model in result.models]
     yield f"prompt tokens saved by computing shared beginnings once: {', '.join(saved)}"
 
 
-def _name(model: Evaluated) -> str:
-    name = model.model if model.computed in model.model else f"{model.model} ({model.computed})"
-    return name if model.templated else f"{name}, no chat template"
+def change_line(change: Change, limit: float) -> str:
+    """One metric held against what it may lose."""
+    return f"{_with_error(f'{change.change:+.3f}', change)}, may lose {limit:g}"
+
+
+def _short(models: Sequence[str]) -> dict[str, str]:
+    """The last parts of paths, where these tell them apart."""
+    last = {model: Path(model).name or model for model in models}
+    return last if len(set(last.values())) == len(last) else {model: model for model in models}
+
+
+def _titled(name: str, model: Evaluated) -> str:
+    titled = name if model.computed in name else f"{name} ({model.computed})"
+    return titled if model.templated else f"{titled}, no chat template"
 
 
 def _with_error(shown: str, of: Score | Change) -> str:

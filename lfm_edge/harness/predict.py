@@ -132,7 +132,7 @@ _INT8_CACHE, _INT4_HEAD = "--kv-dtype int8", "--head-bits 4"
 
 def _savings(manifest: Manifest, filled: int) -> dict[str, float]:
     """Bytes that each option saves."""
-    config, target, bits = manifest.config, target_named(manifest.target), manifest.recipe
+    target, bits = target_named(manifest.target), manifest.recipe
     footprint = RUNTIMES[manifest.runtime].footprint
     found: dict[str, float] = {}
     rows = _cache_rows(manifest, filled)
@@ -140,15 +140,19 @@ def _savings(manifest: Manifest, filled: int) -> dict[str, float]:
     if "int8" in target.arithmetic.kv_dtypes and saved > 0:
         found[_INT8_CACHE] = saved
     if bits.head.bits > 4:
-        shape = (config.vocab_size, config.hidden_size)
         narrow = recipe(bits.body.bits, bits.body.group_size or 32, 4, bits.activations).head
-        wide_bytes, narrow_bytes = (
-            stored_bytes(shape, scheme, footprint)
-            * (_tied_copies(scheme, footprint) if config.tie_embedding else len((EMBEDDING, UNTIED_HEAD)))
-            for scheme in (bits.head, narrow))
-        if narrow_bytes < wide_bytes:
-            found[_INT4_HEAD] = wide_bytes - narrow_bytes
+        saved = _tables(manifest, bits.head, footprint) - _tables(manifest, narrow, footprint)
+        if saved > 0:
+            found[_INT4_HEAD] = saved
     return found
+
+
+def _tables(manifest: Manifest, scheme: Scheme, footprint: Footprint) -> int:
+    """Bytes of embedding and head as `predict` counts them, were they quantized so."""
+    config = manifest.config
+    table = stored_bytes((config.vocab_size, config.hidden_size), scheme, footprint)
+    copies = _tied_copies(scheme, footprint) if config.tie_embedding else len((EMBEDDING, UNTIED_HEAD))
+    return (copies - 1) * table + _embedding(table, manifest.options.prefill_chunk, footprint)
 
 
 def _tied_copies(scheme: Scheme, footprint: Footprint) -> int:

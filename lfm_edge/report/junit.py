@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from lfm_edge.harness.bench import BenchResult
+from lfm_edge.harness.evaluation import Evaluation
 from lfm_edge.harness.verify import Verification
 from lfm_edge.report.headline import same
 from lfm_edge.report.results import Check, FoundSensitivity, ResultFile, checks
@@ -59,6 +60,9 @@ def _properties(file: ResultFile) -> Iterator[tuple[str, str]]:
             ("artifact_bytes", result.artifact_bytes), ("typical_error", result.typical_error),
             ("kl_divergence", cost.kl_divergence), ("perplexity", cost.perplexity),
             ("float_perplexity", cost.float_perplexity)))
+    elif isinstance(result, Evaluation):
+        yield from ((f"{same(model.model)}.{score.task}.{score.metric}", f"{score.value:g}")
+                    for model in result.models for score in model.scores)
     elif isinstance(result, FoundSensitivity):
         yield "model", result.sensitivity.model
         yield "kl_divergence.8_bits", f"{result.sensitivity.eight_bits.kl_divergence:g}"

@@ -11,6 +11,7 @@ from markupsafe import Markup
 import lfm_edge
 from lfm_edge.harness.bench import BenchResult
 from lfm_edge.harness.bench_tables import megabytes
+from lfm_edge.harness.evaluation import Evaluation
 from lfm_edge.harness.verify import Verification
 from lfm_edge.report import charts, memory, speed, truth
 from lfm_edge.report.cells import (
@@ -66,6 +67,7 @@ _SECTIONS: tuple[tuple[type, Callable[..., bool], Callable[[Files, Names], Secti
     (BenchResult, lambda result: bool(result.benchmarks), memory.over_time),
     (Verification, lambda _: True, truth.parity),
     (Verification, lambda _: True, truth.quality),
+    (Evaluation, lambda _: True, truth.evaluation),
     (FoundSensitivity, lambda _: True, truth.sensitivity),
     (BenchResult, lambda result: any(map(speed.projected, result.benchmarks)), speed.projections),
 )

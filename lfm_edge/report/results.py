@@ -1,4 +1,4 @@
-"""Results in files: what `bench`, `verify` and `sensitivity` wrote with --json, read back, and the checks in them.
+"""Results in files: what `bench`, `verify`, `eval` and `sensitivity` wrote with --json, read back, and their checks.
 
 Files are not trusted: whatever is not what the schema says is refused, with its place in the file.
 """
@@ -14,9 +14,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_json_object
-from lfm_edge.harness import bench, sensitivity, verify
+from lfm_edge.harness import bench, evaluation, sensitivity, verify
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut
 from lfm_edge.harness.bench_tables import budget_line, megabytes, threads_line, unchecked_line
+from lfm_edge.harness.evaluation import Evaluation
+from lfm_edge.harness.evaluation_lines import change_line
 from lfm_edge.harness.host import Host
 from lfm_edge.harness.parity import DECODE
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
@@ -49,13 +51,16 @@ class FoundSensitivity:
     bits: MixedBits | None
 
 
+Result = BenchResult | Verification | Evaluation | FoundSensitivity
+
+
 @dataclass(frozen=True)
 class ResultFile:
     """One result and where it came from."""
 
     path: Path
     provenance: Provenance
-    result: BenchResult | Verification | FoundSensitivity
+    result: Result
 
     @property
     def name(self) -> str:
@@ -85,12 +90,16 @@ def read_results(paths: Sequence[Path]) -> list[ResultFile]:
     return [_read(path) for path in dict.fromkeys(files)]
 
 
-def checks(result: BenchResult | Verification | FoundSensitivity) -> list[Check]:
+def checks(result: Result) -> list[Check]:
     """All that was held against a limit in one result. A sensitivity holds nothing against any."""
     if isinstance(result, BenchResult):
         return [check for entry in entries(result) for check in entry_checks(result, entry)]
     if isinstance(result, Verification):
         return [Check(result.bundle, name, passed, line) for name, passed, line in verification_checks(result)]
+    if isinstance(result, Evaluation) and result.settings.max_drop is not None:
+        limit = result.settings.max_drop
+        return [Check(change.model, f"{change.task}: {change.metric}", change.within(limit), change_line(change, limit))
+                for change in result.changes]
     return []
 
 
@@ -107,8 +116,8 @@ def _read(path: Path) -> ResultFile:
     raw = read_json_object(path, LfmEdgeError)
     schema = raw.get("schema")
     if not isinstance(schema, str) or schema not in _READERS:
-        raise LfmEdgeError(f"{path}: no result of bench, verify or sensitivity: its schema is {schema!r:.60}; this "
-                           f"lfm-edge knows {', '.join(_READERS)}")
+        raise LfmEdgeError(f"{path}: no result of bench, verify, eval or sensitivity: its schema is {schema!r:.60}; "
+                           f"this lfm-edge knows {', '.join(_READERS)}")
     try:
         return ResultFile(path, decoded(Provenance, raw, ""), _READERS[schema](raw))
     except ValueError as error:
@@ -140,7 +149,15 @@ def _sensitivity(raw: dict[str, Any]) -> FoundSensitivity:
     return FoundSensitivity(found, decoded(Whole, raw["chosen"], "chosen"), bits)
 
 
-_READERS = {bench.SCHEMA: _bench, verify.SCHEMA: _verification, sensitivity.SCHEMA: _sensitivity}
+def _evaluation(raw: dict[str, Any]) -> Evaluation:
+    result = decoded(Evaluation, raw, "")
+    if not result.models:
+        raise ValueError("models: there is none")
+    return result
+
+
+_READERS = {bench.SCHEMA: _bench, verify.SCHEMA: _verification, evaluation.SCHEMA: _evaluation,
+            sensitivity.SCHEMA: _sensitivity}
 
 
 def decoded(kind: Any, value: Any, where: str) -> Any:

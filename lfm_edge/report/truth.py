@@ -1,4 +1,4 @@
-"""Sections of the page on what is right: parity, quality, sensitivity."""
+"""Sections of the page on what is right: parity, quality, the scores of tasks, sensitivity."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from lfm_edge.harness.bench_tables import megabytes
+from lfm_edge.harness.evaluation import Change, Evaluated, Evaluation, Score
 from lfm_edge.harness.parity import DECODE
 from lfm_edge.harness.tables import short_names
 from lfm_edge.harness.verdict import rounding_line
@@ -86,6 +87,44 @@ def quality(files: Files, names: Names) -> Section:
                             text=frozenset({1, 5})))
     return Section("quality", "Quality", "What quantization itself costs: the quantized reference against the float32 "
                                          "model on the same text.", blocks, commands(files))
+
+
+def evaluation(files: Files, names: Names) -> Section:
+    """The scores of tasks, by lm-evaluation-harness."""
+    blocks = [_scores(result, names) for _, result in files]
+    return Section("evaluation", "Tasks of lm-evaluation-harness",
+                   "Scores of each model, and how they differ from the first one's. After \u00b1 stands the standard "
+                   "error; that of a change comes from the documents, which all models answered.", blocks,
+                   commands(files))
+
+
+def _scores(result: Evaluation, names: Names) -> Table:
+    changes = {(change.model, change.task, change.metric): change for change in result.changes}
+    rows = [(f"{score.task}, {score.metric}", f"{names.bundle(model.model)}, {model.computed}",
+             f"{score.documents:,}", _with_error(f"{score.value:.3f}", score),
+             *_of_change(changes.get((model.model, score.task, score.metric)), result.settings.max_drop))
+            for score, model in _by_metric(result.models)]
+    return Table(("metric", "model", "documents", "score", "change", "better", "worse", ""), rows,
+                 caption="Through the chat template." if result.models[0].templated else "Without a chat template.",
+                 text=frozenset({1, 7}))
+
+
+def _by_metric(models: Sequence[Evaluated]) -> list[tuple[Score, Evaluated]]:
+    order = {(score.task, score.metric): place for place, score in enumerate(models[0].scores)}
+    every = [(score, model) for model in models for score in model.scores]
+    return sorted(every, key=lambda entry: order.get((entry[0].task, entry[0].metric), len(order)))
+
+
+def _of_change(change: Change | None, limit: float | None) -> tuple[Cell, ...]:
+    if change is None:
+        return "", "", "", ""
+    counts = (DASH if count is None else str(count) for count in (change.better, change.worse))
+    return (_with_error(f"{change.change:+.3f}", change), *counts,
+            "" if limit is None else verdict(change.within(limit)))
+
+
+def _with_error(shown: str, of: Score | Change) -> str:
+    return shown if of.stderr is None else f"{shown} \u00b1{of.stderr:.3f}"
 
 
 def sensitivity(files: Files, names: Names) -> Section:
