@@ -21,7 +21,7 @@ targets.
 |---|---|
 | 0 | done |
 | 1 | a check failed: parity or quality in `verify`, the budget or memory limit in `bench`, `--max-drop` in `eval` |
-| 2 | bad usage or bad input: one line on standard error says what was wrong, and where |
+| 2 | bad usage or bad input: standard error says what was wrong, and where; for files and values in one line |
 | 128 + N | ended by signal N: 130 after Ctrl-C |
 
 A failed or interrupted command leaves nothing half-written, and never damages what was there.

@@ -361,7 +361,8 @@ def evaluate(
                                                      show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task.",
                                               show_default=False)] = None,
-    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt. (default: as each task has it)",
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt; tasks that want none have none. "
+                                                        "(default: as each task has it)",
                                                  show_default=False)] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Ask without the chat template.")] = False,
     system: System = None,
@@ -382,7 +383,9 @@ def evaluate(
 
     The artifact itself answers, in its own runtime. Prompts that begin alike are prefilled once.
     """
-    check_outputs({"--json": json_file}, [])
+    read = [file for name in models for file in Path(name).glob("**/*")]
+    read += task_folder.glob("**/*.y*ml") if task_folder else []
+    check_outputs({"--json": json_file}, read)
     if raw and (system is not None or template_option):
         raise LfmEdgeError("--raw: without the chat template there is no --system and no --template-option")
     _let_threads_sleep()

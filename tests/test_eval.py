@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
               "test_split": "test"}
     mean = {"aggregation": "mean", "higher_is_better": True}
     for task in ({"task": "answers", "output_type": "generate_until", "doc_to_text": "{{question}}",
-                  "doc_to_target": "{{answer}}", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 24},
+                  "doc_to_target": "{{answer}}", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 64},
                   "metric_list": [{"metric": "exact_match", **mean}]},
                  {"task": "choices", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
                   "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}", "target_delimiter": "",
@@ -112,9 +113,10 @@ def test_answers_are_those_of_transformers(ours, theirs, until):
 
 def test_prompts_become_the_same_text_and_tokens(ours, theirs):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 23+19=? "}]
-    begun = [*messages, {"role": "assistant", "content": "The answer is"}]
     assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)
-    assert ours.apply_chat_template(begun, False) == theirs.apply_chat_template(begun, False)
+    for beginning in ("The answer is", "The answer is ", "end", "im", "42"):
+        begun = [*messages, {"role": "assistant", "content": beginning}]
+        assert ours.apply_chat_template(begun, False) == theirs.apply_chat_template(begun, False)
     assert ours.chat_template(True) == theirs.chat_template(True)
     for text in ("23+19=?", "<|startoftext|>23+19=?", ours.apply_chat_template(messages)):
         assert ours.tok_encode(text) == theirs.tok_encode(text)
@@ -162,7 +164,7 @@ def test_only_what_follows_the_thoughts_is_the_answer(ours, monkeypatch):
 @pytest.mark.parametrize("given, sampling", [
     ({}, Sampling()), ({"do_sample": False, "temperature": 0.9, "top_p": 0.5}, Sampling()),
     ({"do_sample": True, "temperature": 0.7, "top_k": 5, "num_beams": 1}, Sampling(0.7, top_k=5)),
-    ({"repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1))])
+    ({"do_sample": True}, Sampling(1.0)), ({"repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1))])
 def test_answers_are_sampled_as_the_task_asks(given, sampling):
     assert Answer.of(given).sampling == sampling
 
@@ -170,14 +172,51 @@ def test_answers_are_sampled_as_the_task_asks(given, sampling):
 def test_what_cannot_be_honoured_is_refused(ours, tiny_bundle):
     with pytest.raises(LfmEdgeError, match="num_beams=4"):
         Answer.of({"num_beams": 4})
+    with pytest.raises(LfmEdgeError, match="a temperature of 0"):
+        Answer.of({"do_sample": True, "temperature": 0.0})
+    with pytest.raises(LfmEdgeError, match="a continuation of 1200 tokens"):
+        ours._loglikelihood_tokens([(None, [1], [7] * 1200)])
+    with pytest.raises(LfmEdgeError, match="a continuation of 0 tokens"):
+        ours._loglikelihood_tokens([(None, [1], [])])
+    with pytest.raises(LfmEdgeError, match="think_end_token is empty"):
+        EdgeLM(str(TINY), think_end_token="")
     with pytest.raises(LfmEdgeError, match="no room for a prompt in a context of 1024"):
         ours.generate_until(requests(("a", {"until": [], "max_gen_toks": 1024})))
-    with pytest.raises(LfmEdgeError, match="a batch of 1"):
+    with pytest.raises(LfmEdgeError, match="batch_size=8: a bundle has a batch of 1"):
         EdgeLM(str(TINY), batch_size=8)
-    with pytest.raises(LfmEdgeError, match=r"context=4096: .* takes 2 to 1024 tokens"):
+    with pytest.raises(LfmEdgeError, match="context=4096: this model takes 2 to 1024 tokens"):
         EdgeLM(str(tiny_bundle.directory), context=4096)
     with pytest.raises(LfmEdgeError, match="no switch 'thoughts'"):
         EdgeLM(str(TINY), template_options={"thoughts": True})
+
+
+def test_answers_are_drawn_anew_for_each_prompt_and_time_and_alike_on_every_run(ours):
+    options = {"until": [], "max_gen_toks": 4, "do_sample": True, "temperature": 1e4}
+    asked = requests(*[(CHAT.format(question), options) for question, _ in PROMPTS[:4]],
+                     *[(CHAT.format(PROMPTS[0][0]), options)] * 3)
+    first = ours.generate_until(asked)
+    assert len(set(first)) == 7 and ours.generate_until(asked) == first
+    assert ours.generate_until(asked[2:3]) == first[2:3]  # whatever else is asked
+
+
+def test_a_text_without_tokens_begins_with_the_first_token(ours, monkeypatch):
+    monkeypatch.setattr(ours, "tok_encode", lambda text, *_, **__: [] if not text.strip() else [40, 41])
+    first = ours.prefix_token_id
+    assert ours._loglikelihood_tokens([(None, [], [40, 41])]) == ours._loglikelihood_tokens([(None, [first], [40, 41])])
+    assert ours.generate_until(requests((" ", {"until": [], "max_gen_toks": 2})))[0] is not None
+
+
+def test_a_prompt_that_was_cut_is_counted(ours, monkeypatch):
+    monkeypatch.setattr(ours, "max_length", 24)
+    monkeypatch.setattr(ours, "cut_prompts", 0)
+    ours.loglikelihood(requests((CHAT.format(PROMPTS[0][0]), "41"), ("a", "b")))
+    assert ours.cut_prompts == 1
+
+
+def test_logits_that_are_not_finite_are_no_score(ours, monkeypatch):
+    monkeypatch.setattr(ours.session, "_step", lambda tokens: np.full(ours.session.vocab_size, np.nan, np.float32))
+    with pytest.raises(LfmEdgeError, match="the logits are not finite"):
+        ours.loglikelihood(requests(("a", "b")))
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -215,7 +254,37 @@ def test_a_metric_that_drops_fails(folder, tmp_path):
     assert re.search(r"0 better, [3-6] worse", result.stdout)
 
 
+def test_every_model_gets_the_same_examples(tiny_bundle, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(EdgeLM, "generate_until", lambda self, asked, **_: seen.append(
+        [request.args[0] for request in asked]) or [""] * len(asked))
+    shots = folder / "shots.yaml"
+    shots.write_text((folder / "answers.yaml").read_text().replace("task: answers", "task: shots")
+                     + "fewshot_split: test\n")
+    in_process("eval", TINY, tiny_bundle.directory, "--tasks", "shots", "--task-folder", folder, "--few-shot", 2,
+               "--limit", 3)
+    shots.unlink()
+    assert seen[0] == seen[1] and seen[0][0].count("<|im_start|>user") == 3
+
+
+def test_what_is_no_number_is_named_and_has_not_passed(folder, tiny_bundle, monkeypatch, tmp_path):
+    metrics = {"alias": "task", "acc,none": float("nan"), "f1,none": [1.0], "em,none": np.float32(1)}
+    found = {"results": {"task": metrics},
+             "samples": {}, "higher_is_better": {}}
+    monkeypatch.setattr("lfm_edge.harness.evaluation._run", lambda *_: found)
+    result = in_process("eval", TINY, tiny_bundle.directory, "--tasks", "answers", "--task-folder", folder,
+                        "--max-drop", 0.5, "--json", tmp_path / "eval.json")
+    assert result.returncode == 1 and "no number, so not compared: task, acc; task, f1" in result.stdout
+    written = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert written["models"][0]["scores"][0]["value"] == 1.0
+
+
 @pytest.mark.parametrize("arguments, said", [
+    ([TINY, "--tasks", "answers", "--max-drop", 0.1], "nothing to compare with"),
+    ([TINY, TINY, "--tasks", "answers"], "is given twice"),
+    ([TINY, "--tasks", "answers", "--context", 99_999], "--context 99999: "),
+    ([TINY, "--tasks", "answers", "--few-shot", 500, "--limit", 1], "lm-eval could not run answers"),
+    ([TINY, "--tasks", "answers", "--json", TINY / "config.json"], "would be written over a file that is read"),
     (["nowhere", "--tasks", "answers"], "nowhere: no such directory"),
     ([TINY, "--tasks", "nothing"], "nothing: no such task"),
     ([TINY, "--tasks", ","], "no task was given"),
@@ -247,5 +316,5 @@ def test_lm_eval_s_own_command_line_knows_the_model(tiny_bundle, folder, tmp_pat
                "--apply_chat_template", "--output_path", str(tmp_path / "results")]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
     assert finished.returncode == 0, finished.stderr
-    assert re.search(r"exact_match\|.\s*\|\s*1", finished.stdout)
+    assert re.search(r"exact_match.*?\|\s*1(\.0+)?\|", finished.stdout), finished.stdout
     assert list((tmp_path / "results").rglob("*.json"))

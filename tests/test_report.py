@@ -32,7 +32,7 @@ HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>|`@team`\x00
 def evaluated(bundle):
     """Three documents of one task and a text, by a bundle and the model that it was made from."""
     models = [Evaluated(name, computed, True, (Score("sums", "acc", sum(each) / 3, 0.3, 3, True, each),
-                                               Score("texts", "bits", bits, None, 1, False)), 90, 60, 1.5)
+                                               Score("texts", "bits", bits, None, 1, False)), (), 0, 90, 60, 1.5)
               for name, computed, each, bits in (("model", "float32", (1.0, 1.0, 0.0), 2.0),
                                                  (bundle, "android-q4", (1.0, 0.0, 0.0), 2.125))]
     return Evaluation.of(EvalSettings(("sums", "texts"), max_drop=0.5), models)

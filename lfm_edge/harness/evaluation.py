@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from lfm_edge.bundle.bundle import is_bundle
-from lfm_edge.bundle.manifest import Manifest
-from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.bundle.bundle import Bundle
+from lfm_edge.checkpoint.checkpoint import Checkpoint
 from lfm_edge.errors import LfmEdgeError, one_line
 from lfm_edge.harness.host import provenance
 from lfm_edge.progress import Progress
+from lfm_edge.session.generation import check_system
 
 SCHEMA = "lfm-edge/eval/1"
 FLOAT = "float32"
@@ -69,6 +72,8 @@ class Evaluated:
 
     model: as it was given; computed: what ran, a target's name or float32
     templated: whether prompts went through the chat template
+    left_out: metrics that are no number, or not one that can be compared
+    cut_prompts: how many prompts were too long for the context, and lost their beginning
     prompt_tokens, prefilled_tokens: of all prompts, and those of them that no earlier prompt had begun with
     """
 
@@ -76,6 +81,8 @@ class Evaluated:
     computed: str
     templated: bool
     scores: tuple[Score, ...]
+    left_out: tuple[str, ...]
+    cut_prompts: int
     prompt_tokens: int
     prefilled_tokens: int
     seconds: float
@@ -134,8 +141,10 @@ class Evaluation:
 
     @property
     def passed(self) -> bool:
-        """Whether no metric lost more than it may."""
-        return all(change.within(self.settings.max_drop) for change in self.changes)
+        """Whether no metric lost more than it may. What could not be compared has not passed."""
+        return self.settings.max_drop is None or (
+            all(change.within(self.settings.max_drop) for change in self.changes)
+            and not any(model.left_out for model in self.models))
 
     def to_dict(self, command: str = "") -> dict[str, Any]:
         """For JSON, by the schema of docs/guides/evaluation.md. command: that made it"""
@@ -156,28 +165,46 @@ def evaluate(models: Sequence[str | Path], settings: Settings, *, progress: Prog
     progress = progress or Progress()
     if not settings.tasks:
         raise LfmEdgeError("no task was given")
-    for model in models:
-        if not is_bundle(Path(model)):
-            open_checkpoint(model)  # what is not there is said before anything is evaluated
-    contexts = [Manifest.read(Path(model)).state.context for model in models if is_bundle(Path(model))]
+    names = [str(model) for model in models]
+    if len(set(names)) < len(names):
+        raise LfmEdgeError(f"{Counter(names).most_common(1)[0][0]}: is given twice")
+    if settings.max_drop is not None and len(names) < 2:
+        raise LfmEdgeError("--max-drop: there is nothing to compare with; give the original model first")
+    opened = {name: lm_eval.opened(name) for name in names}
+    templated = {name: _check(name, model, lm_eval, settings) for name, model in opened.items()}
+    contexts = [model.manifest.state.context for model in opened.values() if isinstance(model, Bundle)]
     context = settings.context or min(contexts, default=None)
     _silence()
     progress.stage("load the tasks")
     loaded = _load_tasks(settings)
     evaluated = []
-    for model in map(str, models):
-        progress.stage(f"evaluate {model}")
+    for name, model in opened.items():
+        progress.stage(f"evaluate {name}")
         start = time.monotonic()
         subject = lm_eval.EdgeLM(model, context=context, threads=settings.threads,
                                  think_end_token=settings.think_end_token, template_options=settings.options)
-        templated = not settings.raw and subject.tokenizer.template is not None
-        if settings.system is not None and not templated:
-            raise LfmEdgeError(f"--system: {model} is asked without a chat template, which has no place for it")
-        found = _run(subject, loaded, settings, templated)
-        computed = Manifest.read(Path(model)).target if is_bundle(Path(model)) else FLOAT
-        evaluated.append(Evaluated(model, computed, templated, tuple(_scores(found, settings.tasks)),
+        scores, left_out = _scores(_run(name, subject, loaded, settings, templated[name]), settings.tasks)
+        computed = model.manifest.target if isinstance(model, Bundle) else FLOAT
+        evaluated.append(Evaluated(name, computed, templated[name], scores, left_out, subject.cut_prompts,
                                    subject.prompt_tokens, subject.prefilled_tokens, time.monotonic() - start))
     return Evaluation.of(settings, evaluated)
+
+
+def _check(name: str, model: Bundle | Checkpoint, lm_eval: Any, settings: Settings) -> bool:
+    """Raise LfmEdgeError for what a model cannot do, before any is asked; whether it is through its chat template."""
+    most = lm_eval.most_context(model)
+    if settings.context is not None and settings.context > most:
+        raise LfmEdgeError(f"--context {settings.context}: {name} takes at most {most} tokens")
+    if isinstance(model, Bundle):
+        model.runtime.module()
+    tokenizer = lm_eval.tokenizer_of(model)
+    tokenizer.check_options(settings.options or {})
+    templated = not settings.raw and tokenizer.template is not None
+    if settings.system is not None:
+        if not templated:
+            raise LfmEdgeError(f"--system: {name} is asked without a chat template, which has no place for it")
+        check_system([{"role": "system", "content": settings.system}], tokenizer)
+    return templated
 
 
 def _installed() -> Any:
@@ -209,41 +236,75 @@ def _load_tasks(settings: Settings) -> Any:
         if name not in manager.all_tasks:
             raise LfmEdgeError(f"{name}: no such task; `lm-eval ls tasks` lists them"
                                + (f", and those of {settings.folder} are known as well" if settings.folder else ""))
+    _sow()  # documents may be drawn while they are loaded
     try:
         loaded = manager.load(list(settings.tasks))
     except Exception as error:  # documents come through a library that raises anything
         raise LfmEdgeError(f"{', '.join(settings.tasks)}: the documents cannot be loaded "
-                           f"({one_line(str(error)) or type(error).__name__})") from None
+                           f"({_reason(error)})") from error
     for task in loaded["tasks"].values():
-        few_shot = task.get_config("num_fewshot")
-        task.set_config(key="num_fewshot", value=few_shot if settings.few_shot is None else settings.few_shot)
+        own = task.get_config("num_fewshot")
+        task.set_config(key="num_fewshot", value=own if settings.few_shot is None or own == 0 else settings.few_shot)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_SEED)
     return loaded
 
 
-def _run(subject: Any, loaded: Any, settings: Settings, templated: bool) -> dict[str, Any]:
+def _run(name: str, subject: Any, loaded: Any, settings: Settings, templated: bool) -> dict[str, Any]:
+    """lm-eval's results of one model. The examples in the prompts are drawn anew, so that all models see the same."""
     from lm_eval.evaluator import evaluate as run
 
-    return run(lm=subject, task_dict=loaded, limit=settings.limit, bootstrap_iters=_RESAMPLES, log_samples=True,
-               system_instruction=settings.system, apply_chat_template=templated, fewshot_as_multiturn=templated)
+    _sow()
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=_SEED)
+    try:
+        return run(lm=subject, task_dict=loaded, limit=settings.limit, bootstrap_iters=_RESAMPLES, log_samples=True,
+                   system_instruction=settings.system, apply_chat_template=templated, fewshot_as_multiturn=templated)
+    except LfmEdgeError:
+        raise
+    except Exception as error:  # a task is foreign code; it can raise anything
+        raise LfmEdgeError(f"{name}: lm-eval could not run {', '.join(settings.tasks)} ({_reason(error)})") from error
 
 
-def _scores(found: dict[str, Any], wanted: Sequence[str]) -> Iterator[Score]:
-    """The metrics of the tasks that were asked for; of a group as a whole, and not of its parts."""
+def _sow() -> None:
+    """What lm-eval's own entry point does before a run."""
+    random.seed(0)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library said."""
+    return one_line(next(iter(str(error).strip().splitlines()), "")) or type(error).__name__
+
+
+def _scores(found: dict[str, Any], wanted: Sequence[str]) -> tuple[tuple[Score, ...], tuple[str, ...]]:
+    """The metrics of the tasks that were asked for, and the names of those left out.
+
+    Of a group they are those of the whole, where it has some, and not of its parts.
+    """
+    scores, left_out = [], []
     parts = _parts_of(found.get("group_subtasks", {}), wanted, found["results"])
     for task, metrics in found["results"].items():
         for key, value in metrics.items() if task not in parts else ():
             name, comma, filtered = key.partition(",")
-            if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            if not comma or name.endswith("_stderr"):
                 continue
-            stderr = metrics.get(f"{name}_stderr,{filtered}")
-            each = _each(found["samples"].get(task, ()), name, filtered, float(value))
+            number, stderr = _number(value), _number(metrics.get(f"{name}_stderr,{filtered}"))
+            title = name if filtered == "none" else f"{name}, {filtered}"
+            if number is None or name == "bypass":
+                left_out.append(f"{task}, {title}")
+                continue
+            each = _each(found["samples"].get(task, ()), name, filtered, number)
             better = found["higher_is_better"].get(task, {}).get(name)
-            yield Score(task, name if filtered == "none" else f"{name}, {filtered}", float(value),
-                        float(stderr) if isinstance(stderr, (int, float)) else None,
-                        int(metrics.get("sample_len", 0)) or len(each or ()), better is not False, each)
+            scores.append(Score(task, title, number, stderr, int(metrics.get("sample_len", 0)) or len(each or ()),
+                                better is not False, each))
+    return tuple(scores), tuple(left_out)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, of Python's or numpy's; None for anything else."""
+    return float(value) if isinstance(value, int | float | np.number) and math.isfinite(value) else None
 
 
 def _parts_of(groups: Mapping[str, Sequence[str]], wanted: Sequence[str], results: Mapping[str, Any]) -> set[str]:
@@ -262,7 +323,7 @@ def _each(samples: Sequence[Mapping[str, Any]], metric: str, filtered: str, mean
     """The metric of every document in order, where it is a number whose mean is the task's."""
     rows = sorted((sample for sample in samples if sample["filter"] == filtered), key=lambda sample: sample["doc_id"])
     values = [sample.get(metric) for sample in rows]
-    if not values or not all(isinstance(value, (int, float, np.floating)) for value in values):
+    each = tuple(number for number in map(_number, values) if number is not None)
+    if not values or len(each) < len(values):
         return None
-    each = tuple(float(value) for value in values)
     return each if math.isclose(math.fsum(each) / len(each), mean, abs_tol=1e-9) else None

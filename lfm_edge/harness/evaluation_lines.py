@@ -28,6 +28,12 @@ def evaluation_lines(result: Evaluation) -> Iterator[str]:
             if its is not None:
                 line = f"  {name:<{max(map(len, shown))}}  {_with_error(f'{its.value:.3f}', its)}"
                 yield line + _change(changes.get((model.model, score.task, score.metric)))
+    for model in result.models:
+        if model.left_out:
+            yield f"{names[model.model]}: no number, so not compared: {'; '.join(model.left_out)}"
+        if model.cut_prompts:
+            yield (f"{names[model.model]}: {model.cut_prompts:,} prompts were longer than the context and lost their "
+                   "beginning")
     saved = [f"{names[model.model]} {1 - model.prefilled_tokens / max(model.prompt_tokens, 1):.0%}"
              for model in result.models]
     yield f"prompt tokens saved by computing shared beginnings once: {', '.join(saved)}"

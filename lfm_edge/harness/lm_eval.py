@@ -7,8 +7,9 @@ is lm-eval's own command line with that model known to it; `lfm-edge eval` compa
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -23,9 +25,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from lfm_edge.bundle.bundle import is_bundle, open_bundle
+from lfm_edge.bundle.bundle import Bundle, is_bundle, open_bundle
 from lfm_edge.bundle.options import DEFAULT_CONTEXT
-from lfm_edge.checkpoint.checkpoint import open_checkpoint
+from lfm_edge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.session.generation import generate, text_pieces
@@ -39,6 +41,7 @@ NAME = "lfm-edge"
 _MOST_TOKENS = 256  # of an answer, where a task does not say: lm-eval's own
 _CHUNK = 128  # tokens of a step of the float32 model, whose logits over the vocabulary are all held at once
 _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+_END = "\u2060end of what is given\u2060"  # where the beginning of an answer ends; stripped by no template
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 Grouped = dict[tuple[int, ...], dict[tuple[int, ...], list[int]]]  # context, continuation: which requests
@@ -55,26 +58,40 @@ class Subject:
     digest: str
 
     @classmethod
-    def open(cls, model: str, context: int | None, threads: int | None, soc: str | None) -> Subject:
-        """A bundle directory, or a checkpoint as `export` takes it, which is computed in float32.
+    def of_bundle(cls, bundle: Bundle, threads: int | None, soc: str | None) -> Subject:
+        """The artifact in its own runtime."""
+        return cls(bundle.session(threads, soc), bundle.tokenizer(), bundle.manifest.config.eos_token_ids,
+                   bundle.manifest.weights_sha256)
 
-        context: of the checkpoint's session; a bundle has its own
-        """
-        if is_bundle(Path(model)):
-            bundle = open_bundle(model)
-            return cls(bundle.session(threads, soc), bundle.tokenizer(), bundle.manifest.config.eos_token_ids,
-                       bundle.manifest.weights_sha256)
-        if soc is not None:
-            raise LfmEdgeError(f"--soc {soc}: {model} is not compiled for chips")
-        checkpoint = open_checkpoint(model)
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, context: int | None, threads: int | None) -> Subject:
+        """The network in float32, with room for `context` tokens."""
+        if threads is not None:
+            torch.set_num_threads(threads)
         config = checkpoint.config
         context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
-        with TemporaryDirectory() as directory:
-            checkpoint.copy_text_files(Path(directory))
-            tokenizer = TextTokenizer(Path(directory))
         session = ReferenceSession(config, float_weights(checkpoint), StateSpec.of(config, context),
                                    chunk=min(_CHUNK, context))
-        return cls(session, tokenizer, config.eos_token_ids, checkpoint.digest())
+        return cls(session, tokenizer_of(checkpoint), config.eos_token_ids, checkpoint.digest())
+
+
+def opened(model: str | Path) -> Bundle | Checkpoint:
+    """A bundle directory, or a checkpoint as `export` takes it. Raises LfmEdgeError where it is neither."""
+    return open_bundle(model) if is_bundle(Path(model)) else open_checkpoint(model)
+
+
+def tokenizer_of(model: Bundle | Checkpoint) -> TextTokenizer:
+    """Its tokenizer and chat template."""
+    if isinstance(model, Bundle):
+        return model.tokenizer()
+    with TemporaryDirectory() as directory:
+        model.copy_text_files(Path(directory))
+        return TextTokenizer(Path(directory))
+
+
+def most_context(model: Bundle | Checkpoint) -> int:
+    """The longest context that it can be asked with."""
+    return model.manifest.state.context if isinstance(model, Bundle) else model.config.max_position_embeddings
 
 
 @register_model(NAME)
@@ -88,25 +105,38 @@ class EdgeLM(TemplateLM):
     context: most tokens of a prompt with its answer; of a bundle at most, and by default, its own
     think_end_token: what a thinking model ends its thoughts with; only what follows the last one is the answer
     template_options: switches of the chat template
-    batch_size, max_batch_size, device: what lm-eval gives to every model; only a batch of 1 on the CPU will do
+    batch_size: 1, or auto; max_batch_size, device: what lm-eval gives to every model, a GPU where nothing else is said,
+        and nothing here has a choice of
+
+    prompt_tokens, prefilled_tokens: of all prompts so far; those that were not shared
+    cut_prompts: how many were too long for the context and lost their beginning
     Raises LfmEdgeError for what cannot be opened or honoured.
     """
 
-    def __init__(self, model: str, *, context: int | None = None, threads: int | None = None, soc: str | None = None,
-                 think_end_token: str | None = None, template_options: Mapping[str, Any] | None = None,
-                 batch_size: int | str = 1, max_batch_size: int | None = None, device: str | None = None) -> None:
+    def __init__(self, model: str | Path | Bundle | Checkpoint, *, context: int | None = None,
+                 threads: int | None = None, soc: str | None = None, think_end_token: str | None = None,
+                 template_options: Mapping[str, Any] | None = None, batch_size: int | str = 1,
+                 max_batch_size: int | None = None, device: str | None = None) -> None:
         super().__init__()
-        if str(batch_size) not in ("1", "auto") or device not in (None, "cpu"):
-            raise LfmEdgeError(f"batch_size={batch_size}, device={device}: a bundle runs on the CPU, with a batch of 1")
-        self.subject = Subject.open(model, context, threads, soc)
-        most = self.subject.session.spec.context
+        if str(batch_size) not in ("1", "auto"):
+            raise LfmEdgeError(f"batch_size={batch_size}: a bundle has a batch of 1")
+        if think_end_token == "":
+            raise LfmEdgeError("think_end_token is empty; expected a text such as </think>")
+        model = opened(model) if isinstance(model, str | Path) else model
+        most = most_context(model)
         if context is not None and not 2 <= context <= most:
-            raise LfmEdgeError(f"context={context}: {model} takes 2 to {most} tokens")
-        self.max_length = context or most
+            raise LfmEdgeError(f"context={context}: this model takes 2 to {most} tokens")
+        if isinstance(model, Bundle):
+            self.subject = Subject.of_bundle(model, threads, soc)
+        elif soc is not None:
+            raise LfmEdgeError(f"soc={soc}: a checkpoint is not compiled for chips")
+        else:
+            self.subject = Subject.of_checkpoint(model, context, threads)
+        self.max_length = context or self.session.spec.context
         self.think_end_token = think_end_token
         self.template_options = dict(template_options or {})
         self.tokenizer.check_options(self.template_options)
-        self.prompt_tokens = self.prefilled_tokens = 0  # of all prompts so far; those that were not shared
+        self.prompt_tokens = self.prefilled_tokens = self.cut_prompts = 0
 
     @property
     def tokenizer(self) -> TextTokenizer:  # type: ignore[override]
@@ -131,21 +161,23 @@ class EdgeLM(TemplateLM):
         return f"{NAME}-{self.subject.digest[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self._template(chat_template) if chat_template else None
-
-    def _template(self, name: bool | str) -> str:
-        template = self.tokenizer.template if name is True else self.tokenizer.templates.get(str(name))
-        if template is None:
-            raise LfmEdgeError("there is no chat template" + (f" named '{name}'" if isinstance(name, str) else ""))
-        return template
+        """The text of the template. Raises LfmEdgeError where there is none, and for one by name."""
+        if isinstance(chat_template, str):
+            raise LfmEdgeError(f"chat template {chat_template!r}: only the default one is used; leave the name out")
+        if chat_template and self.tokenizer.template is None:
+            raise LfmEdgeError("there is no chat template")
+        return self.tokenizer.template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without a generation prompt, up to the end of its last message."""
-        text = self.tokenizer.chat_text(chat_history, answer=add_generation_prompt, options=self.template_options)
         if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].strip()
-        return text[:text.rindex(last) + len(last)]
+            return self.tokenizer.chat_text(chat_history, options=self.template_options)
+        *before, last = chat_history
+        marked = [*before, {**last, "content": last["content"] + _END}]
+        text, found, _ = self.tokenizer.chat_text(marked, answer=False, options=self.template_options).rpartition(_END)
+        if not found:
+            raise LfmEdgeError("the chat template does not show the beginning of an answer")
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; where nothing is said, with what the tokenizer puts before a text, unless it is there already."""
@@ -177,8 +209,13 @@ class EdgeLM(TemplateLM):
         """Continuations of one context are scored from where it ends; one that is there twice, once."""
         wanted: Grouped = defaultdict(lambda: defaultdict(list))
         for index, (_, context, continuation) in enumerate(requests):
-            kept = (context + continuation)[-(self.max_length + 1):]
-            end = max(len(kept) - len(continuation), 1)
+            if not 1 <= len(continuation) <= self.max_length:
+                raise LfmEdgeError(f"a continuation of {len(continuation)} tokens cannot be scored in a context of "
+                                   f"{self.max_length}")
+            whole = [*(context or [self.prefix_token_id]), *continuation]
+            kept = whole[-(self.max_length + 1):]
+            self.cut_prompts += len(kept) < len(whole)
+            end = len(kept) - len(continuation)
             wanted[tuple(kept[:end])][tuple(kept[end:])].append(index)
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for context, logits in self._at_the_end_of(list(wanted), "scored"):
@@ -202,12 +239,16 @@ class EdgeLM(TemplateLM):
             if room < 1:
                 raise LfmEdgeError(f"an answer of up to {asked.max_tokens} tokens leaves no room for a prompt in a "
                                    f"context of {self.max_length}: export with a larger --context")
-            *beginning, last = self.tok_encode(context)[-room:]
+            tokens = self.tok_encode(context) or [self.prefix_token_id]
+            self.cut_prompts += len(tokens) > room
+            *beginning, last = tokens[-room:]
             wanted[tuple(beginning)].append((index, last, asked))
         answers = [""] * len(requests)
         for beginning, _ in self._at_the_end_of(list(wanted), "answered"):
-            for draw, (index, last, asked) in enumerate(from_here(self.session, wanted[beginning])):
-                answers[index] = self._answer(last, asked, seed=draw)
+            draws: Counter[int] = Counter()  # of one prompt, whose answers are to differ where they are drawn
+            for index, last, asked in from_here(self.session, wanted[beginning]):
+                answers[index] = self._answer(last, asked, seed=_seed((*beginning, last), draws[last]))
+                draws[last] += 1
                 self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return answers
 
@@ -225,9 +266,7 @@ class EdgeLM(TemplateLM):
         return asked.cut(self._without_thoughts(said))
 
     def _without_thoughts(self, said: str) -> str:
-        if self.think_end_token is None or self.think_end_token not in said:
-            return said
-        return said.rpartition(self.think_end_token)[2].lstrip()
+        return said if self.think_end_token is None else said.rpartition(self.think_end_token)[2].lstrip()
 
     def _at_the_end_of(self, prompts: list[tuple[int, ...]], done: str) -> Iterator[tuple[tuple[int, ...], Any]]:
         """Each prompt and the logits after it, with the session there."""
@@ -254,6 +293,8 @@ class Answer:
         filters = {name: options.pop(name) for name in _SAMPLING if name in options}
         if not options.pop("do_sample"):
             filters = {name: value for name, value in filters.items() if name == "repetition_penalty"}
+        elif not filters.setdefault("temperature", 1.0):
+            raise LfmEdgeError("a task asks for do_sample with a temperature of 0; one of them cannot be")
         for name, value in options.items():
             if _WITHOUT_EFFECT.get(name) != value:
                 raise LfmEdgeError(f"a task asks for {name}={value!r}, which sessions do not have")
@@ -268,6 +309,11 @@ class Answer:
         for stop in self.until:
             text = text.partition(stop)[0]
         return text
+
+
+def _seed(prompt: Sequence[int], draw: int) -> int:
+    """Of an answer: another for each prompt and draw, the same on every run, whatever else is asked."""
+    return int.from_bytes(hashlib.sha256(f"{draw} {list(prompt)}".encode()).digest()[:8], "big")
 
 
 def main() -> None:

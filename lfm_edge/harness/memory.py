@@ -101,4 +101,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise LfmEdgeError(f"'{text}' is no size; write for example 1GB, 800MB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if not match[2] and size < 10**6:
+        raise LfmEdgeError(f"'{text}' is {size} bytes; write the unit as well, for example 1GB, 800MB or 512MiB")
+    return size

@@ -131,7 +131,7 @@ class Chat:
             check_shown(tools, tokenizer)
         self.system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         if system is not None:
-            _check_system(self.system, tokenizer)
+            check_system(self.system, tokenizer)
         self.session = session
         self.tokenizer = tokenizer
         self.stop = stop
@@ -242,7 +242,7 @@ def read_tools(path: Path) -> list[Any]:
     return tools
 
 
-def _check_system(system: Sequence[Message], tokenizer: TextTokenizer) -> None:
+def check_system(system: Sequence[Message], tokenizer: TextTokenizer) -> None:
     """Raises LfmEdgeError where the chat template writes the same with a system prompt as without."""
     asked: list[Message] = [{"role": "user", "content": "."}]
     if tokenizer.chat([*system, *asked]) == tokenizer.chat(asked):

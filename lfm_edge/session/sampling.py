@@ -79,9 +79,7 @@ class Sampling:
         logits: float32 [vocab]; seen: the tokens that have occurred in the conversation
         Raises LfmEdgeError where the best of the logits is no finite number.
         """
-        if not np.isfinite(logits.max()):  # of NaN, too, there is a first best
-            raise LfmEdgeError("the logits are not finite: numbers overflow in this program; export with another "
-                               "--compute-dtype, such as float32")
+        check_finite(logits)
         scores = self._penalized(logits, seen)
         if self.temperature == 0.0:
             return int(scores.argmax())
@@ -122,6 +120,13 @@ class Sampling:
         scores, of_seen = logits.copy(), logits[tokens]
         scores[tokens] = np.where(of_seen < 0, of_seen * penalty, of_seen / penalty)
         return scores
+
+
+def check_finite(logits: NDArray[np.float32]) -> None:
+    """Raises LfmEdgeError where the best of the logits, [..., vocab], is no finite number. (NaN is the best of all.)"""
+    if not np.isfinite(logits.max(axis=-1)).all():
+        raise LfmEdgeError("the logits are not finite: numbers overflow in this program; export with another "
+                           "--compute-dtype, such as float32")
 
 
 def _softmax(scaled: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm_edge.session.history import token_ids
+from lfm_edge.session.sampling import check_finite
 from lfm_edge.session.session import Logits, Mark, Session
 
 Tokens = Sequence[int]
@@ -121,12 +122,14 @@ def _shared(one: Tokens, other: Tokens) -> int:
 def loglikelihood(session: Session, logits: Logits, tokens: Tokens) -> tuple[float, bool]:
     """How likely `tokens` come next, as the sum of the logarithms of their probabilities, and whether each is the best.
 
-    logits: after what the session has taken; it takes all of `tokens` but the last. Raises as `Session.prefill` does.
+    logits: after what the session has taken; it takes all of `tokens` but the last
+    Raises as `Session.prefill` does, and LfmEdgeError where logits are not finite.
     """
     total, best = 0.0, True
     rows: NDArray[np.float32] = logits[None]
     start = 0
     while start < len(tokens):
+        check_finite(rows)
         targets = np.asarray(tokens[start:start + len(rows)])
         chosen = rows[:len(targets)].astype(np.float64)  # [targets, vocab]
         highest = chosen.max(axis=-1)
