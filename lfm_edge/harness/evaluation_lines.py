@@ -9,7 +9,7 @@ from lfm_edge.harness.evaluation import Change, Evaluated, Evaluation, Score
 
 
 def evaluation_lines(result: Evaluation) -> Iterator[str]:
-    """PASSED or FAILED where there was something to pass, the metrics, and how much of the prompts was computed."""
+    """PASSED or FAILED where there was something to pass, the metrics, and what was saved by what prompts share."""
     names = _short([model.model for model in result.models])
     base, limit = result.models[0], result.settings.max_drop
     if limit is not None:
@@ -34,9 +34,10 @@ def evaluation_lines(result: Evaluation) -> Iterator[str]:
         if model.cut_prompts:
             yield (f"{names[model.model]}: {model.cut_prompts:,} prompts were longer than the context and lost their "
                    "beginning")
-    saved = [f"{names[model.model]} {1 - model.prefilled_tokens / max(model.prompt_tokens, 1):.0%}"
-             for model in result.models]
-    yield f"prompt tokens saved by computing shared beginnings once: {', '.join(saved)}"
+    shares = {names[model.model]: 1 - model.prefilled_tokens / max(model.prompt_tokens, 1) for model in result.models}
+    if max(shares.values()) >= 0.01:
+        saved = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        yield f"prompt tokens saved by computing shared beginnings once: {saved}"
 
 
 def change_line(change: Change, limit: float) -> str:

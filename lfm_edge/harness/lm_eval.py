@@ -216,6 +216,7 @@ class EdgeLM(TemplateLM):
             kept = whole[-(self.max_length + 1):]
             self.cut_prompts += len(kept) < len(whole)
             end = len(kept) - len(continuation)
+            self.prompt_tokens += end
             wanted[tuple(kept[:end])][tuple(kept[end:])].append(index)
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for context, logits in self._at_the_end_of(list(wanted), "scored"):
@@ -242,6 +243,7 @@ class EdgeLM(TemplateLM):
             tokens = self.tok_encode(context) or [self.prefix_token_id]
             self.cut_prompts += len(tokens) > room
             *beginning, last = tokens[-room:]
+            self.prompt_tokens += len(beginning)
             wanted[tuple(beginning)].append((index, last, asked))
         answers = [""] * len(requests)
         for beginning, _ in self._at_the_end_of(list(wanted), "answered"):
@@ -271,10 +273,8 @@ class EdgeLM(TemplateLM):
     def _at_the_end_of(self, prompts: list[tuple[int, ...]], done: str) -> Iterator[tuple[tuple[int, ...], Any]]:
         """Each prompt and the logits after it, with the session there."""
         for stop in tqdm(visit(self.session, prompts), total=len(prompts), desc=f"prompts {done}", disable=None):
-            prompt = prompts[stop.index]
-            self.prompt_tokens += len(prompt)
             self.prefilled_tokens += stop.prefilled
-            yield prompt, stop.logits
+            yield prompts[stop.index], stop.logits
 
 
 @dataclass(frozen=True)
