@@ -341,9 +341,14 @@ def test_memory_counts_what_is_touched():
 
 
 @pytest.mark.parametrize(("text", "value"), [("1GB", 10**9), ("800 MB", 8 * 10**8), ("512MiB", 2**29), ("1.5g", 1.5e9),
-                                             ("1000", 1000), ("2kib", 2048)])
+                                             ("2000000", 2_000_000), ("2kib", 2048)])
 def test_sizes_are_read_as_written(text, value):
     assert parse_bytes(text) == value
+
+
+def test_a_few_bytes_are_a_unit_that_was_forgotten():
+    with pytest.raises(LfmEdgeError, match="'1' is 1 bytes; write the unit as well"):
+        parse_bytes("1")
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1 TB", "one GB", "1GB!", "nan"])

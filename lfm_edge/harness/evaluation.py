@@ -177,17 +177,19 @@ def evaluate(models: Sequence[str | Path], settings: Settings, *, progress: Prog
     _silence()
     progress.stage("load the tasks")
     loaded = _load_tasks(settings)
-    evaluated = []
-    for name, model in opened.items():
+
+    def of_one(name: str, model: Bundle | Checkpoint) -> Evaluated:
+        """One model is in memory at a time."""
         progress.stage(f"evaluate {name}")
         start = time.monotonic()
         subject = lm_eval.EdgeLM(model, context=context, threads=settings.threads,
                                  think_end_token=settings.think_end_token, template_options=settings.options)
         scores, left_out = _scores(_run(name, subject, loaded, settings, templated[name]), settings.tasks)
         computed = model.manifest.target if isinstance(model, Bundle) else FLOAT
-        evaluated.append(Evaluated(name, computed, templated[name], scores, left_out, subject.cut_prompts,
-                                   subject.prompt_tokens, subject.prefilled_tokens, time.monotonic() - start))
-    return Evaluation.of(settings, evaluated)
+        return Evaluated(name, computed, templated[name], scores, left_out, subject.cut_prompts,
+                         subject.prompt_tokens, subject.prefilled_tokens, time.monotonic() - start)
+
+    return Evaluation.of(settings, [of_one(name, model) for name, model in opened.items()])
 
 
 def _check(name: str, model: Bundle | Checkpoint, lm_eval: Any, settings: Settings) -> bool:
@@ -243,10 +245,10 @@ def _load_tasks(settings: Settings) -> Any:
         raise LfmEdgeError(f"{', '.join(settings.tasks)}: the documents cannot be loaded "
                            f"({_reason(error)})") from error
     for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        task.set_config(key="num_fewshot", value=own if settings.few_shot is None or own == 0 else settings.few_shot)
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        few_shot = task.get_config("num_fewshot")
+        if settings.few_shot is not None and few_shot != 0:  # lm-eval's rule: a task that wants none has none
+            few_shot = settings.few_shot
+        task.set_config(key="num_fewshot", value=few_shot or 0)
     return loaded
 
 
