@@ -108,15 +108,20 @@ def test_what_a_block_needs_is_known(page):
     assert not re.search(r"^    lfm-edge", page.read_text(), flags=re.MULTILINE)  # fenced, so that it is run
 
 
-def run_guide(page, folder):
-    """What it tells the reader to do, in order, in a folder with a checkpoint called my-model."""
-    shutil.copytree(TINY, folder / "my-model")
-    (folder / "bin").mkdir()
+def installed_in(folder):
+    """An environment in which `lfm-edge` is that of this checkout."""
     command = folder / "bin/lfm-edge"
+    command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lfm_edge.cli "$@"\n')
     command.chmod(0o755)
     path = f"{command.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    return os.environ | {"PATH": path, "PYTHONPATH": str(REPO)}
+
+
+def run_guide(page, folder):
+    """What it tells the reader to do, in order, in a folder with a checkpoint called my-model."""
+    shutil.copytree(TINY, folder / "my-model")
+    environment = installed_in(folder) | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     done = 0
     for language, needs, code in blocks_of(page):
         if needs or language not in ("sh", "python"):
@@ -233,13 +238,7 @@ def test_the_workflow_installs_what_it_exports_to(steps):
 @pytest.mark.parametrize("steps", JOBS.values(), ids=JOBS)
 def test_the_workflow_runs_and_leaves_what_it_uploads(steps, tmp_path):
     """Its steps but the installation, with the small trained model, on this machine."""
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin/lfm-edge"
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lfm_edge.cli "$@"\n')
-    command.chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{command.parent}:{os.environ['PATH']}", "MODEL": str(TINY), "PYTHONPATH": str(REPO),
-        "GITHUB_STEP_SUMMARY": str(tmp_path / "step-summary")}
+    environment = installed_in(tmp_path) | {"MODEL": str(TINY), "GITHUB_STEP_SUMMARY": str(tmp_path / "step-summary")}
     for script in scripts(steps):
         if "pip install" not in script:
             subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True)

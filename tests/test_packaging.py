@@ -1,4 +1,4 @@
-"""What an extra installs is what its code imports."""
+"""What an extra installs is what its code imports; what a wheel holds is all."""
 
 import ast
 import importlib.metadata
@@ -87,7 +87,9 @@ def test_the_command_line_starts_without_what_extras_bring():
     assert outside({"lfm_edge.cli"}) <= {"typer", "rich"}
 
 
-def test_every_package_is_in_the_wheel():
-    listed = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+def test_every_package_and_the_page_s_template_are_in_the_wheel():
+    setup = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]
     there = {".".join(path.parent.relative_to(REPO).parts) for top in OURS for path in Path(REPO, top).rglob("*.py")}
-    assert there == set(listed)
+    assert there == set(setup["packages"])
+    for package, names in setup["package-data"].items():
+        assert all((REPO / package.replace(".", "/") / name).is_file() for name in names)

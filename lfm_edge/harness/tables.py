@@ -26,21 +26,22 @@ def megabytes(count: int) -> str:
 
 def verification_tables(result: Verification) -> list[Table]:
     """What `verify` shows."""
-    parity = _whole("phase", "positions", "logit error", "limit", "noise floor", "KL (nats)", "limit", "top-1", "",
-                    title=f"{result.target}: artifact against the quantized reference", title_justify="left",
-                    caption=result.remark or None, caption_justify="left")
+    parity = _whole("phase", "tokens", "error", "limit", "noise", "KL", "limit", "top-1", "",
+                    title=f"{result.target}: artifact against the quantized reference (error and noise of logits in "
+                          "standard deviations, KL in nats)", title_justify="left",
+                    caption="\n".join([*([result.remark] if result.remark else []),
+                                       *(f"{phase}: not run: {reason}" for phase, reason in result.skipped.items())]),
+                    caption_justify="left", padding=(0, 1, 0, 0))
     for row, floor in zip(result.parity, result.floor, strict=True):
         parity.add_row(*_agreement(row, result.limits, f"{floor.logit_error:.1e}"))
     parity.add_row("median of all", "", f"{result.typical_error:.1e}", f"{result.limits.typical_error:.1e}",
                    f"{result.typical_floor:.1e}", "", "", "", _verdict(result.typical_passed))
     greedy = result.greedy
-    parity.add_row("greedy answer", str(greedy.tokens), "", "", "", "", "",
-                   f"{greedy.exact}, {greedy.ties} tied", _verdict(greedy.passed))
+    parity.add_row("greedy answer", str(greedy.tokens), "", "", "", "", "", f"{greedy.exact / greedy.tokens:.1%}",
+                   f"{f'{greedy.ties} tied, ' * bool(greedy.ties)}{_verdict(greedy.passed)}")
     if result.baked:
         parity.add_row(*_agreement(result.baked, result.limits, ""))
-    for phase, reason in result.skipped.items():
-        parity.add_row(phase, "-", "", "", "", "", "", "", f"not run: {reason}")
-    weights = _whole("weights", "", "", title="weights", title_justify="left")
+    weights = _whole("weights", "", "")
     found, rounding = result.weights, result.rounding
     weights.add_row("in the artifact", f"{found.blobs} blobs, " + (
         "same bits" if found.passed else f"{len(found.missing)} differ: {found.missing[0]}"), _verdict(found.passed))
@@ -63,7 +64,8 @@ def verification_tables(result: Verification) -> list[Table]:
 
 def _whole(*names: str, **options: Any) -> Table:
     """A table that cuts nothing, however narrow the terminal is."""
-    return Table(*(Column(name, overflow="fold") for name in names), **options)
+    return Table(*(Column(name, overflow="fold") for name in names),
+                 **{"box": None, "padding": (0, 2, 0, 0)} | options)
 
 
 def _agreement(row: Agreement, limits: Limits, floor: str) -> tuple[str, ...]:
