@@ -394,9 +394,8 @@ def evaluate(
     from lfm_edge.harness.evaluation import Settings
     from lfm_edge.harness.evaluation import evaluate as run
     from lfm_edge.harness.evaluation_lines import evaluation_lines
-    from lfm_edge.progress import LineProgress, hear_interrupts
+    from lfm_edge.progress import LineProgress
 
-    hear_interrupts()
     settings = Settings(tasks, None if task_folder is None else str(task_folder), limit, few_shot, raw, system,
                         _template_options(template_option), think_end_token, context, threads, max_drop)
     result = run(models, settings, progress=LineProgress(err))
@@ -789,9 +788,8 @@ def _lines(prompt: str) -> Iterator[str]:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """Progress on standard error: bars on a terminal, plain lines otherwise."""
-    from lfm_edge.progress import BarProgress, LineProgress, hear_interrupts
+    from lfm_edge.progress import BarProgress, LineProgress
 
-    hear_interrupts()
     if not err.is_terminal:
         yield LineProgress(err)
         return

@@ -5,39 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
-
-_heard = False  # whether Ctrl-C was pressed, and no stage has begun since
-
-
-def hear_interrupts() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt as ever, and again when the next stage begins or advances.
-
-    Long work runs other people's code, and some of that catches whatever is raised: the first one is then lost.
-    """
-    def heard(number: int, frame: Any) -> None:
-        global _heard
-        _heard = True
-        signal.default_int_handler(number, frame)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
-        signal.signal(signal.SIGINT, heard)
-
-
-def _raise_interrupts() -> None:
-    global _heard
-    if _heard:
-        _heard = False
-        raise KeyboardInterrupt
 
 
 class Progress:
@@ -58,7 +33,6 @@ class LineProgress(Progress):
         self.start = time.monotonic()
 
     def stage(self, name: str, total: int | None = None) -> None:
-        _raise_interrupts()
         self.console.print(f"[{time.monotonic() - self.start:6.1f} s] {name}", markup=False, highlight=False)
 
 
@@ -82,12 +56,10 @@ class BarProgress(Progress):
             self.bars.stop()
 
     def stage(self, name: str, total: int | None = None) -> None:
-        _raise_interrupts()
         self._finish()
         self.bars.add_task(name, total=total)
 
     def advance(self) -> None:
-        _raise_interrupts()
         if self.bars.tasks:
             self.bars.advance(self.bars.tasks[-1].id)
 

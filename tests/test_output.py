@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import io
 import os
 import pty
 import re
@@ -16,13 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from lfm_edge import locks
 from lfm_edge.bundle.bundle import new_bundle, open_bundle
 from lfm_edge.errors import ExportError
 from lfm_edge.files import replacing, write_text
-from lfm_edge.progress import BarProgress, LineProgress, hear_interrupts
 from tests.helpers import REPO, TINY, contents, fill_bundle, lfm_edge
 
 
@@ -474,6 +471,7 @@ class Terminal:
     def __init__(self, output):
         self.process, self.end = pty.fork()
         if self.process == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored where the tests run in the background
             os.chdir(REPO)
             os.execv(sys.executable, [*EXPORT, str(output)])
         self.said = ""
@@ -506,27 +504,6 @@ def test_ctrl_c_on_a_terminal_leaves_the_bar_where_it_was_and_says_what_was_writ
     assert "1/1" not in said[said.rindex("lower to XNNPACK"):]
     assert "Traceback" not in said
     assert beside(output) == []
-
-
-@pytest.mark.parametrize("make", [lambda: LineProgress(Console(file=io.StringIO())),
-                                  lambda: BarProgress(Console(file=io.StringIO()))], ids=["lines", "bars"])
-def test_ctrl_c_that_foreign_code_has_caught_is_raised_again_by_the_next_stage(make):
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        hear_interrupts()
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            for _ in range(1_000_000):  # the handler runs between two steps of the interpreter
-                pass
-        except BaseException:
-            pass
-        progress = make()
-        with pytest.raises(KeyboardInterrupt):
-            progress.stage("the next")
-        progress.stage("and that is all")
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_terminal_that_is_closed_leaves_nothing(output):
