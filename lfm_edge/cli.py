@@ -386,8 +386,7 @@ def evaluate(
     read = [file for name in models for file in Path(name).glob("**/*")]
     read += task_folder.glob("**/*.y*ml") if task_folder else []
     check_outputs({"--json": json_file}, read)
-    if raw and (system is not None or template_option):
-        raise LfmEdgeError("--raw: without the chat template there is no --system and no --template-option")
+    _check_raw(raw, system, template_option)
     _let_threads_sleep()
     if not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars
@@ -462,8 +461,7 @@ def generate(
     from lfm_edge.session.generation import generate as run
 
     tokenizer, stop = opened.tokenizer(), opened.manifest.config.eos_token_ids
-    if raw and (system is not None or template_option):
-        raise LfmEdgeError("--raw: without the chat template there is no --system and no --template-option")
+    _check_raw(raw, system, template_option)
     baked = opened.baked_prompt if baked_prompt else None
     if raw or tokenizer.template is None:
         session = _session(opened, threads)
@@ -593,6 +591,11 @@ def _sampling(bundle: Bundle, greedy: bool, **given: float | None) -> Sampling:
             raise LfmEdgeError(f"--greedy: takes the best token; leave out --{others[0].replace('_', '-')}")
         return Sampling()
     return bundle.sampling.changed(**given)
+
+
+def _check_raw(raw: bool, system: str | None, template_option: list[str] | None) -> None:
+    if raw and (system is not None or template_option):
+        raise LfmEdgeError("--raw: without the chat template there is no --system and no --template-option")
 
 
 def _template_options(given: list[str] | None) -> dict[str, Any]:

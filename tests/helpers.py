@@ -215,7 +215,12 @@ def code_of(page: str, language: str, containing: str) -> str:
 
 def example(name: str) -> ModuleType:
     """A program of examples/python as a module."""
-    spec = importlib.util.spec_from_file_location(name, REPO / f"examples/python/{name}.py")
+    return program(f"examples/python/{name}.py")
+
+
+def program(path: str) -> ModuleType:
+    """A file of the project that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPO / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,6 +1,5 @@
 """The docs name only commands, options, files and targets that exist, and what the guides say to do works."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -17,7 +16,7 @@ import yaml
 
 from lfm_edge.cli import app
 from lfm_edge.targets import TARGETS
-from tests.helpers import REPO, TINY, code_of
+from tests.helpers import REPO, TINY, code_of, program
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), REPO / "CHANGELOG.md",
          REPO / "examples/tiny-model/README.md"]
@@ -57,10 +56,8 @@ def test_the_readme_shows_every_command_and_target():
 
 
 def test_the_command_line_s_page_is_what_help_tells():
-    spec = importlib.util.spec_from_file_location("command_line", REPO / "docs/command_line.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (REPO / "docs/reference/command-line.md").read_text() == module.page(), "run `make docs`"
+    told = program("docs/command_line.py").page()
+    assert (REPO / "docs/reference/command-line.md").read_text() == told, "run `make docs`"
 
 
 def anchors_of(page):

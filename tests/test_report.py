@@ -176,6 +176,10 @@ def test_scores_of_tasks_are_on_the_page_and_a_drop_is_a_failure(results, report
         assert shown in done.page.text + str(ElementTree.tostring(done.suites)), shown
     names = {case.get("name") for case in done.suites.iter("testcase")}
     assert {"sums: acc", "texts: bits"} <= names
+    results["eval"]["models"][1]["left_out"] = ["sums, f1"]
+    done = report(results["eval"])
+    assert done.code == 1 and [name for _, name, _ in done.cases("failure")] == ["sums, f1"]
+    results["eval"]["models"][1]["left_out"] = []
     results["eval"]["settings"]["max_drop"] = 0.2
     done = report(results["eval"])
     assert done.code == 1 and [name for _, name, _ in done.cases("failure")] == ["sums: acc"]

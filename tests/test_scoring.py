@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from lfm_edge.checkpoint.checkpoint import open_checkpoint
 from lfm_edge.errors import LfmEdgeError
-from lfm_edge.session import scoring
 from lfm_edge.session.scoring import from_here, loglikelihood, visit
 from lfm_edge.session.state import StateSpec
 from runtimes.reference import ReferenceSession, float_weights
@@ -126,14 +125,14 @@ def test_a_few_shot_beginning_is_computed_once(session):
 
 
 def test_where_the_program_keeps_the_state_every_prompt_is_computed(session, monkeypatch):
-    monkeypatch.setattr(scoring, "can_go_back", lambda _: False)
+    monkeypatch.setattr(type(session), "holds_all", False)
     prompts = [(1,) * 20 + (2,), (1,) * 20 + (3,)]
     assert [stop.prefilled for stop in visit(session, prompts)] == [21, 21]
 
 
 @pytest.mark.parametrize("explicit", [True, False])
 def test_one_way_after_the_other_starts_at_the_same_place(session, monkeypatch, explicit):
-    monkeypatch.setattr(scoring, "can_go_back", lambda _: explicit)
+    monkeypatch.setattr(type(session), "holds_all", explicit)
     fresh_logits(session, [1, 2, 3])
     rows = []
     for way in from_here(session, [4, 5, 4]):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -84,6 +85,12 @@ class Checkpoint(ABC):
         Clients read these files each in their own way, so what two of them say is made the same, as transformers
         takes it. Raises CheckpointError where the tokenizer is missing or does not belong to the weights.
         """
+
+    def tokenizer(self) -> TextTokenizer:
+        """Its tokenizer and chat template, as a bundle has them. Raises as `copy_text_files` does."""
+        with TemporaryDirectory() as directory:
+            self.copy_text_files(Path(directory))
+            return TextTokenizer(Path(directory))
 
     @property
     def names(self) -> list[str]:

@@ -146,6 +146,14 @@ class Evaluation:
             all(change.within(self.settings.max_drop) for change in self.changes)
             and not any(model.left_out for model in self.models))
 
+    def rows(self) -> list[tuple[Evaluated, Score, Change | None]]:
+        """Each metric of each model, metric by metric in the first model's order, with how it changed."""
+        order = {(score.task, score.metric): place for place, score in enumerate(self.models[0].scores)}
+        changes = {(change.model, change.task, change.metric): change for change in self.changes}
+        every = [(model, score, changes.get((model.model, score.task, score.metric)))
+                 for model in self.models for score in model.scores]
+        return sorted(every, key=lambda row: order.get((row[1].task, row[1].metric), len(order)))
+
     def to_dict(self, command: str = "") -> dict[str, Any]:
         """For JSON, by the schema of docs/guides/evaluation.md. command: that made it"""
         models = [{**asdict(model), "scores": [{key: value for key, value in asdict(score).items() if key != "each"}
@@ -199,7 +207,7 @@ def _check(name: str, model: Bundle | Checkpoint, lm_eval: Any, settings: Settin
         raise LfmEdgeError(f"--context {settings.context}: {name} takes at most {most} tokens")
     if isinstance(model, Bundle):
         model.runtime.module()
-    tokenizer = lm_eval.tokenizer_of(model)
+    tokenizer = model.tokenizer()
     tokenizer.check_options(settings.options or {})
     templated = not settings.raw and tokenizer.template is not None
     if settings.system is not None:

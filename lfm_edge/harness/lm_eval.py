@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -50,18 +49,16 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts for the c
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated. digest: tells it from others of the same name"""
+    """What is evaluated."""
 
     session: Session
     tokenizer: TextTokenizer
     stop: tuple[int, ...]
-    digest: str
 
     @classmethod
     def of_bundle(cls, bundle: Bundle, threads: int | None, soc: str | None) -> Subject:
         """The artifact in its own runtime."""
-        return cls(bundle.session(threads, soc), bundle.tokenizer(), bundle.manifest.config.eos_token_ids,
-                   bundle.manifest.weights_sha256)
+        return cls(bundle.session(threads, soc), bundle.tokenizer(), bundle.manifest.config.eos_token_ids)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, context: int | None, threads: int | None) -> Subject:
@@ -72,21 +69,12 @@ class Subject:
         context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
         session = ReferenceSession(config, float_weights(checkpoint), StateSpec.of(config, context),
                                    chunk=min(_CHUNK, context))
-        return cls(session, tokenizer_of(checkpoint), config.eos_token_ids, checkpoint.digest())
+        return cls(session, checkpoint.tokenizer(), config.eos_token_ids)
 
 
 def opened(model: str | Path) -> Bundle | Checkpoint:
     """A bundle directory, or a checkpoint as `export` takes it. Raises LfmEdgeError where it is neither."""
     return open_bundle(model) if is_bundle(Path(model)) else open_checkpoint(model)
-
-
-def tokenizer_of(model: Bundle | Checkpoint) -> TextTokenizer:
-    """Its tokenizer and chat template."""
-    if isinstance(model, Bundle):
-        return model.tokenizer()
-    with TemporaryDirectory() as directory:
-        model.copy_text_files(Path(directory))
-        return TextTokenizer(Path(directory))
 
 
 def most_context(model: Bundle | Checkpoint) -> int:
@@ -158,7 +146,9 @@ class EdgeLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return f"{NAME}-{self.subject.digest[:16]}"
+        """Tells what makes tokens of a conversation: prompts that lm-eval keeps are kept under it."""
+        files = f"{self.tokenizer.backend.to_str()} {self.tokenizer.template}"
+        return f"{NAME}-{hashlib.sha256(files.encode()).hexdigest()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The text of the template. Raises LfmEdgeError where there is none, and for one by name."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lfm_edge.session.generation import generate
+from lfm_edge.session.scoring import log_softmax
 from lfm_edge.session.session import Logits, Session
 from lfm_edge.session.state import StateSpec
 from lfm_edge.targets import Thresholds
@@ -100,12 +101,6 @@ class GreedyAgreement:
     def passed(self) -> bool:
         """Whether every token is one of both."""
         return self.exact + self.ties == self.tokens
-
-
-def log_softmax(logits: Logits) -> np.ndarray:
-    """float64 [..., vocab]"""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def kl_divergence(reference: Logits, other: Logits) -> np.ndarray:

@@ -15,8 +15,9 @@ import numpy as np
 from lfm_edge.bundle.bundle import Bundle
 from lfm_edge.calibration import sample
 from lfm_edge.checkpoint.checkpoint import TASKS_FILE
-from lfm_edge.harness.parity import kl_divergence, log_softmax
+from lfm_edge.harness.parity import kl_divergence
 from lfm_edge.session.generation import generate
+from lfm_edge.session.scoring import log_softmax
 from lfm_edge.session.session import Session
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from lfm_edge.calibration.walk import Walk
 from lfm_edge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lfm_edge.checkpoint.config import ModelConfig
 from lfm_edge.checkpoint.layers import LINEAR, WeightEntry
-from lfm_edge.checkpoint.tokenizer import TextTokenizer
 from lfm_edge.errors import LfmEdgeError
 from lfm_edge.files import read_text
 from lfm_edge.harness.host import provenance
@@ -111,9 +109,7 @@ def analyse(model: str | Path, *, text: str | Path | None = None, tokens: int = 
 def _windows(checkpoint: Checkpoint, text: str | None, most: int) -> Tensor:
     """int64 [B, T]"""
     config = checkpoint.config
-    with TemporaryDirectory() as directory:
-        checkpoint.copy_text_files(Path(directory))
-        tokenizer = TextTokenizer(Path(directory))
+    tokenizer = checkpoint.tokenizer()
     length = min(_WINDOW, config.max_position_embeddings)
     return torch.tensor(prompt_windows(tokenizer, config.vocab_size, prompts_in(TEXT), length, most) if text is None
                         else text_windows(tokenizer, config.vocab_size, text, length, most))

@@ -18,7 +18,7 @@ from lfm_edge.harness import bench, evaluation, sensitivity, verify
 from lfm_edge.harness.bench import Benchmark, BenchResult, LeftOut
 from lfm_edge.harness.bench_tables import budget_line, megabytes, threads_line, unchecked_line
 from lfm_edge.harness.evaluation import Evaluation
-from lfm_edge.harness.evaluation_lines import change_line
+from lfm_edge.harness.evaluation_lines import evaluation_checks
 from lfm_edge.harness.host import Host
 from lfm_edge.harness.parity import DECODE
 from lfm_edge.harness.sensitivity import Sensitivity, Whole
@@ -96,10 +96,8 @@ def checks(result: Result) -> list[Check]:
         return [check for entry in entries(result) for check in entry_checks(result, entry)]
     if isinstance(result, Verification):
         return [Check(result.bundle, name, passed, line) for name, passed, line in verification_checks(result)]
-    if isinstance(result, Evaluation) and result.settings.max_drop is not None:
-        limit = result.settings.max_drop
-        return [Check(change.model, f"{change.task}: {change.metric}", change.within(limit), change_line(change, limit))
-                for change in result.changes]
+    if isinstance(result, Evaluation):
+        return [Check(*check) for check in evaluation_checks(result)]
     return []
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from lfm_edge.harness.bench_tables import megabytes
-from lfm_edge.harness.evaluation import Change, Evaluated, Evaluation, Score
+from lfm_edge.harness.evaluation import Change, Evaluation
+from lfm_edge.harness.evaluation_lines import with_error
 from lfm_edge.harness.parity import DECODE
 from lfm_edge.harness.tables import short_names
 from lfm_edge.harness.verdict import rounding_line
@@ -99,32 +100,20 @@ def evaluation(files: Files, names: Names) -> Section:
 
 
 def _scores(result: Evaluation, names: Names) -> Table:
-    changes = {(change.model, change.task, change.metric): change for change in result.changes}
     rows = [(f"{score.task}, {score.metric}", f"{names.bundle(model.model)}, {model.computed}",
-             f"{score.documents:,}", _with_error(f"{score.value:.3f}", score),
-             *_of_change(changes.get((model.model, score.task, score.metric)), result.settings.max_drop))
-            for score, model in _by_metric(result.models)]
+             f"{score.documents:,}", with_error(f"{score.value:.3f}", score.stderr),
+             *_of_change(change, result.settings.max_drop)) for model, score, change in result.rows()]
     return Table(("metric", "model", "documents", "score", "change", "better", "worse", ""), rows,
                  caption="Through the chat template." if result.models[0].templated else "Without a chat template.",
                  text=frozenset({1, 7}))
-
-
-def _by_metric(models: Sequence[Evaluated]) -> list[tuple[Score, Evaluated]]:
-    order = {(score.task, score.metric): place for place, score in enumerate(models[0].scores)}
-    every = [(score, model) for model in models for score in model.scores]
-    return sorted(every, key=lambda entry: order.get((entry[0].task, entry[0].metric), len(order)))
 
 
 def _of_change(change: Change | None, limit: float | None) -> tuple[Cell, ...]:
     if change is None:
         return "", "", "", ""
     counts = (DASH if count is None else str(count) for count in (change.better, change.worse))
-    return (_with_error(f"{change.change:+.3f}", change), *counts,
+    return (with_error(f"{change.change:+.3f}", change.stderr), *counts,
             "" if limit is None else verdict(change.within(limit)))
-
-
-def _with_error(shown: str, of: Score | Change) -> str:
-    return shown if of.stderr is None else f"{shown} \u00b1{of.stderr:.3f}"
 
 
 def sensitivity(files: Files, names: Names) -> Section:

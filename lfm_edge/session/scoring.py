@@ -53,7 +53,7 @@ def visit(session: Session, prompts: Sequence[Tokens]) -> Iterator[Visit]:
         else:
             session.reset()
         start, logits = session.position, None
-        branches = _branches(shared, place, start) if can_go_back(session) else []
+        branches = _branches(shared, place, start) if session.holds_all else []
         for end in sorted({*branches, len(prompt)}):
             if end > session.position:
                 logits = session.prefill(prompt[session.position:end])
@@ -74,7 +74,7 @@ def from_here(session: Session, ways: Iterable[Way]) -> Iterator[Way]:
 
 def _way_back(session: Session) -> Callable[[], object]:
     """What brings the session back to where it is: a mark, or everything anew where the program keeps the state."""
-    if can_go_back(session):
+    if session.holds_all:
         return partial(session.rewind, session.mark())
     tokens = token_ids(session.tokens)
 
@@ -84,11 +84,6 @@ def _way_back(session: Session) -> Callable[[], object]:
             session.prefill(tokens)
 
     return again
-
-
-def can_go_back(session: Session) -> bool:
-    """Whether `mark` and `rewind` work: all of the state is the session's."""
-    return len(session.held) == len(session.spec.tensors)
 
 
 def _branches(shared: Sequence[int], place: int, start: int) -> list[int]:
@@ -119,6 +114,12 @@ def _shared(one: Tokens, other: Tokens) -> int:
     return length
 
 
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """float64 [..., vocab]"""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 def loglikelihood(session: Session, logits: Logits, tokens: Tokens) -> tuple[float, bool]:
     """How likely `tokens` come next, as the sum of the logarithms of their probabilities, and whether each is the best.
 
@@ -131,10 +132,8 @@ def loglikelihood(session: Session, logits: Logits, tokens: Tokens) -> tuple[flo
     while start < len(tokens):
         check_finite(rows)
         targets = np.asarray(tokens[start:start + len(rows)])
-        chosen = rows[:len(targets)].astype(np.float64)  # [targets, vocab]
-        highest = chosen.max(axis=-1)
-        of_targets = chosen[np.arange(len(targets)), targets]
-        total += float((of_targets - highest - np.log(np.exp(chosen - highest[:, None]).sum(axis=-1))).sum())
+        chosen = log_softmax(rows[:len(targets)])  # [targets, vocab]
+        total += float(chosen[np.arange(len(targets)), targets].sum())
         best &= bool((chosen.argmax(axis=-1) == targets).all())
         start += len(targets)
         if start < len(tokens):

@@ -80,6 +80,11 @@ class Session(ABC):
         self._reached = 0  # rows of the caches that may have been written
         self._marks: WeakSet[Mark] = WeakSet()  # those that `rewind` takes
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether all of the state is the session's, and none the program's."""
+        return len(self.held) == len(self.spec.tensors)
+
     @abstractmethod
     def _step(self, tokens: list[int]) -> Logits:
         """Run at most `_room()` tokens at `self.position` and update `self.state`; logits of the last one."""
@@ -396,12 +401,12 @@ class Session(ABC):
 
     def _check_whole(self) -> None:
         if self.broken:
-            mend = "reset it, or load a saved one" if len(self.held) == len(self.spec.tensors) else "reset it"
+            mend = "reset it, or load a saved one" if self.holds_all else "reset it"
             raise LfmEdgeError("the session is broken: a call failed half-way, and its runtime cannot undo that; "
                                f"{mend}")
 
     def _check_holds_all(self, purpose: str) -> None:
-        if len(self.held) < len(self.spec.tensors):
+        if not self.holds_all:
             raise LfmEdgeError("this bundle keeps its state inside the program; "
                                f"export with --state explicit to {purpose}")
 
